@@ -1,0 +1,115 @@
+"""From text to token ids and back, through the model's own chat template and never around it."""
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+
+from selfimprove.errors import UserError
+from selfimprove.recipe import shipped
+from selfimprove.records import Message
+
+TEMPLATES = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
+
+
+class Chat:
+    """The tokenizer of a model directory, seen through its chat template.
+
+    Raises:
+        UserError: no tokenizer, no chat template, or no end token.
+    """
+
+    def __init__(self, model: Path) -> None:
+        import transformers
+
+        try:
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError, KeyError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"model {model} has no tokenizer that loads: {first}", _SAVE_TOKENIZER) from None
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"model {model} has no chat template",
+                "use the instruct version of the model, or save one in tokenizer_config.json (key chat_template)",
+            )
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"model {model} has no end token (eos_token)", _SAVE_TOKENIZER)
+        self.stop_token_ids = _end_tokens(model, int(self.tokenizer.eos_token_id))
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of one user turn up to where the assistant begins; exactly one BOS where the model has one."""
+        return self._render([Message(role="user", content=text)], add_generation_prompt=True)
+
+    def completion_ids(self, prompt: str, completion: str) -> list[int]:
+        """Token ids of the assistant's turn, end token included, as they continue `prompt_ids(prompt)`.
+
+        Raises:
+            UserError: the template does not render the prompt as a prefix of prompt + completion.
+        """
+        before = self.prompt_ids(prompt)
+        turns = [Message(role="user", content=prompt), Message(role="assistant", content=completion)]
+        whole = self._render(turns, add_generation_prompt=False)
+        if whole[: len(before)] != before:
+            raise UserError(
+                f"the chat template does not render a prompt as a prefix of prompt and answer: {prompt!r}",
+                "use a template that adds nothing to earlier turns (the training variant of the model's template)",
+            )
+        rest = whole[len(before) :]
+        ends = [i for i, token in enumerate(rest) if token in self.stop_token_ids]
+        return rest[: ends[-1] + 1] if ends else [*rest, self.stop_token_ids[0]]
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text of a completion, without special tokens and surrounding white space."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+
+    def _render(self, turns: list[Message], *, add_generation_prompt: bool) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the model's chat template fails: {error}", "mend chat_template of the model") from None
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and bos != self.tokenizer.eos_token_id and ids.count(bos) > 1:
+            raise UserError("the chat template adds a second BOS token", "remove one from the template or tokenizer")
+        return ids
+
+
+_SAVE_TOKENIZER = "save the tokenizer beside the weights: tokenizer.save_pretrained(DIRECTORY)"
+
+
+def _end_tokens(model: Path, eos: int) -> list[int]:
+    """The tokenizer's end token, then those that the model's generation config adds."""
+    import transformers
+
+    try:
+        more = transformers.GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        more = None
+    listed = more if isinstance(more, list) else [] if more is None else [more]
+    return [eos, *(token for token in listed if token != eos)]
+
+
+def template_path(name: str) -> Path:
+    """The file of a shipped prompt template."""
+    return shipped("prompts") / f"{name}.jinja"
+
+
+@cache
+def _template(name: str) -> jinja2.Template:
+    return TEMPLATES.from_string(template_path(name).read_text(encoding="utf-8").strip())
+
+
+def render(name: str, values: Mapping[str, Any]) -> str:
+    """A prompt template filled in; a missing variable is an error."""
+    return _template(name).render(**values)
+
+
+def tagged(text: str, tag: str) -> str | None:
+    """What stands in the first <tag> ... </tag>; None where there is none."""
+    found = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    return found[1].strip() if found else None

@@ -1,0 +1,326 @@
+"""The command line: parse, call one function, print. Imports nothing heavy, so that --help answers at once.
+
+stdout is data, stderr is talk. Exit codes: 0 done, 1 user error, 2 usage, 3 the answer is no, 130 interrupted.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+
+from selfimprove import __version__
+from selfimprove.errors import UsageError, UserError
+
+RUNS = Path("runs")
+
+app = typer.Typer(
+    help="Iterative LLM self-improvement: synthesize, generate, label, train, evaluate; round after round.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+demo = typer.Typer(help="The embedded default: its data and its base model.", no_args_is_help=True)
+app.add_typer(demo, name="demo")
+
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in ./runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"selfimprove {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def iterate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a TOML file.")] = "default",
+    rounds: Annotated[
+        Optional[int], typer.Option(min=1, help="Iterations; the recipe says how many otherwise.")
+    ] = None,
+    run: Annotated[
+        Optional[str], typer.Option(metavar="NAME", help="Name of the run; the recipe's name otherwise.")
+    ] = None,
+    model: Annotated[
+        Optional[str], typer.Option(metavar="PATH", help="Model directory or hub id to start from.")
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of the run.")] = None,
+    engine: Annotated[Optional[str], typer.Option(help="vllm, transformers or fake.")] = None,
+    settings: Annotated[
+        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe, again and again.")
+    ] = None,
+) -> None:
+    """Improve a model over numbered iterations; go on where an earlier call stopped."""
+    from selfimprove import recipe as recipes
+
+    overrides = [f"{key}={json.dumps(value)}" for key, value in _given(rounds, model, seed, engine).items()]
+    chosen = recipes.load(recipes.find(recipe), [*overrides, *(settings or [])])
+    chosen = recipes.absolute(chosen)
+    _go(chosen.name if run is None else run, chosen)
+
+
+def _given(rounds: int | None, model: str | None, seed: int | None, engine: str | None) -> dict[str, Any]:
+    values = {"rounds": rounds, "model.path": model, "seed": seed, "engine.kind": engine}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+@app.command()
+def resume(
+    run: RunName,
+    again: Annotated[
+        Optional[str],
+        typer.Option(metavar="STAGE", help="First set aside this stage (iter-002/3-label) and all that follows it."),
+    ] = None,
+) -> None:
+    """Finish a run that was stopped, killed or failed."""
+    from selfimprove import run as running
+
+    found, chosen = _open(run)
+    if again:
+        for name in running.set_aside(found, chosen, again):
+            print(f"set aside {name}", file=sys.stderr)
+    _go(run, chosen)
+
+
+def _go(name: str, chosen: Any) -> None:
+    from rich.console import Console
+
+    from selfimprove import run as running
+    from selfimprove.report import terminal
+    from selfimprove.status import summary
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own display says what goes on
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    talk = Console(stderr=True)
+    found = running.place(RUNS, name)
+    try:
+        with terminal.Watcher(talk) as watcher:
+            outcome = running.iterate(found, chosen, watcher, sys.argv[1:])
+    except KeyboardInterrupt:
+        talk.print(f"\nstopped; selfimprove resume {name} goes on after the last finished stage", highlight=False)
+        raise typer.Exit(130) from None
+    Console().print(terminal.iterations_table(summary(found, chosen)))
+    if outcome.made:
+        talk.print(f"{outcome.made} stages in {outcome.seconds:.0f} s, in {found.path}", highlight=False)
+    else:
+        talk.print(f"run '{name}' is finished: nothing to do", highlight=False)
+
+
+@app.command()
+def plan(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or of a recipe not run yet.")],
+    as_json: AsJson = False,
+) -> None:
+    """What would run, stage by stage, and why."""
+    from selfimprove import recipe as recipes
+    from selfimprove.plan import examine
+    from selfimprove.preflight import check
+    from selfimprove.run import place
+
+    if (RUNS / run / "recipe.toml").is_file():
+        found, chosen = _open(run)
+    else:
+        chosen = recipes.absolute(recipes.load(recipes.find(run)))
+        found = place(RUNS, chosen.name)
+        check(chosen)
+    examined = examine(found, chosen)
+    if as_json:
+        _json(
+            [{"iteration": e.step.iteration, "stage": e.step.name, "plan": e.status, "why": e.reason} for e in examined]
+        )
+        return
+    from rich.console import Console
+
+    from selfimprove.report import terminal
+
+    Console().print(terminal.plan_table(examined))
+
+
+@app.command()
+def status(run: RunName, as_json: AsJson = False) -> None:
+    """State, rows, seconds and scores of every iteration."""
+    from selfimprove.status import summary
+
+    told = summary(*_open(run))
+    if as_json:
+        _json(told)
+        return
+    from rich.console import Console
+
+    from selfimprove.report import terminal
+
+    console = Console()
+    console.print(terminal.stages_table(told))
+    console.print(terminal.iterations_table(told))
+    if told["error"]:
+        console.print(f"stopped by: {told['error']}", highlight=False, markup=False)
+
+
+@app.command()
+def inspect(
+    run: RunName,
+    stage: Annotated[Optional[str], typer.Argument(metavar="STAGE", help="For example 2 or 2/label.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Rows shown of each kind.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Look into a run: an iteration's stages, or a stage's manifest and some of its rows."""
+    from selfimprove.report import inspection
+
+    found, chosen = _open(run)
+    looked = inspection.look(found, chosen, stage, sample)
+    if as_json:
+        _json(looked)
+        return
+    from rich.console import Console
+
+    inspection.show(looked, Console())
+
+
+@app.command()
+def verify(run: RunName, as_json: AsJson = False) -> None:
+    """Hash every artifact again and compare with its manifest; exit code 3 when something differs."""
+    from selfimprove.status import verify as check_files
+
+    found, chosen = _open(run)
+    broken, files = check_files(found, chosen)
+    if as_json:
+        _json({"run": run, "files": files, "broken": broken})
+    else:
+        for sentence in broken:
+            print(sentence)
+        print(f"{files} files checked, {len(broken)} broken")
+        if broken:
+            hint = "selfimprove resume RUN --again iter-NNN/STAGE makes a broken stage and what follows anew"
+            print(f"\nhint: {hint}", file=sys.stderr)
+    if broken:
+        raise typer.Exit(3)
+
+
+@app.command()
+def report(
+    run: RunName,
+    out: Annotated[Optional[Path], typer.Option(help="File to write; runs/RUN/report.html otherwise.")] = None,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    from selfimprove.report import html
+
+    found, chosen = _open(run)
+    path = out or found.path / "report.html"
+    path.write_text(html.render(found, chosen), encoding="utf-8")
+    print(path)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    from selfimprove import recipe as module
+
+    found = []
+    for path in sorted(module.shipped("pipelines").glob("*.toml")):
+        header = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        found.append({"name": path.stem, "about": header.partition(": ")[2], "path": str(path)})
+    if as_json:
+        _json(found)
+        return
+    for entry in found:
+        print(f"{entry['name']:<12} {entry['about']}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: versions, CUDA, memory, disk, and the engine with a generation of two tokens."""
+    from selfimprove import doctor as examination
+
+    findings = examination.examine()
+    if as_json:
+        _json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.state:<5} {finding.what}: {finding.found}")
+            if finding.remedy:
+                print(f"      {finding.remedy}")
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(3)
+
+
+@demo.command("build")
+def demo_build(
+    out: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path("demo-model"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and training data; 0 is the shipped one.")] = 0,
+) -> None:
+    """Train the embedded default's base model from scratch (a few CPU minutes)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from selfimprove.demo import build
+
+    if (out / "config.json").exists():
+        raise UserError(f"{out} already holds a model", "--out ANOTHER_DIRECTORY")
+    began = time.monotonic()
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, loss="")
+        build.build(
+            out,
+            seed=seed,
+            progress=lambda step, steps, loss: bar.update(task, total=steps, completed=step, loss=f"loss {loss:.3f}"),
+        )
+    print(out)
+    print(f"built in {time.monotonic() - began:.0f} s", file=sys.stderr)
+
+
+def _open(name: str) -> tuple[Any, Any]:
+    """A run that exists, and its recipe."""
+    from selfimprove import recipe as recipes
+    from selfimprove.store import Run
+
+    run = Run(RUNS / name)
+    if "/" in name or not run.exists():
+        known = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/recipe.toml"))) or "none"
+        raise UserError(f"no run '{name}' in {RUNS.resolve()}", f"runs here: {known}")
+    return run, recipes.load(run.recipe_file)
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def main() -> NoReturn:
+    """The program: what the user can mend is one sentence and a hint, anything else keeps its traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"\nhint: {error.hint}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:  # a full disk, a missing folder, no permission: the machine's, not ours
+        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        print("\nhint: check the path, its permissions and the free space (df -h .)", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""The input files: seeds, held-out prompts, raw text; and the keywords drawn from them."""
+
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from selfimprove.errors import UserError
+from selfimprove.records import HeldOut, Seed
+
+DEMO = Path(__file__).parent / "demo"
+SHIPPED = {
+    "demo:model": DEMO / "model",
+    "demo:seeds": DEMO / "data" / "seeds.jsonl",
+    "demo:corpus": DEMO / "data" / "corpus.txt",
+    "demo:heldout": DEMO / "data" / "heldout.jsonl",
+}
+
+STOP_WORDS = frozenset(
+    [
+        "a",
+        "about",
+        "above",
+        "after",
+        "again",
+        "all",
+        "also",
+        "am",
+        "an",
+        "and",
+        "any",
+        "are",
+        "as",
+        "at",
+        "be",
+        "because",
+        "been",
+        "before",
+        "being",
+        "below",
+        "between",
+        "both",
+        "but",
+        "by",
+        "can",
+        "could",
+        "did",
+        "do",
+        "does",
+        "doing",
+        "down",
+        "during",
+        "each",
+        "either",
+        "every",
+        "few",
+        "for",
+        "from",
+        "further",
+        "give",
+        "given",
+        "had",
+        "has",
+        "have",
+        "having",
+        "he",
+        "her",
+        "here",
+        "hers",
+        "him",
+        "his",
+        "how",
+        "i",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "just",
+        "let",
+        "like",
+        "made",
+        "make",
+        "many",
+        "may",
+        "me",
+        "might",
+        "more",
+        "most",
+        "much",
+        "must",
+        "my",
+        "no",
+        "nor",
+        "not",
+        "now",
+        "of",
+        "off",
+        "on",
+        "once",
+        "one",
+        "only",
+        "or",
+        "other",
+        "our",
+        "out",
+        "over",
+        "own",
+        "please",
+        "put",
+        "said",
+        "same",
+        "say",
+        "says",
+        "she",
+        "should",
+        "so",
+        "some",
+        "such",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "those",
+        "through",
+        "to",
+        "too",
+        "under",
+        "until",
+        "up",
+        "us",
+        "use",
+        "used",
+        "using",
+        "very",
+        "was",
+        "we",
+        "well",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "while",
+        "who",
+        "whom",
+        "whose",
+        "why",
+        "will",
+        "with",
+        "within",
+        "without",
+        "word",
+        "words",
+        "would",
+        "write",
+        "you",
+        "your",
+    ]
+)
+
+
+def locate(name: str, what: str) -> Path:
+    """The file that a recipe's [data] entry names.
+
+    Raises:
+        UserError: no such file, or an unknown `demo:` name.
+    """
+    if name.startswith("demo:"):
+        if name not in SHIPPED:
+            raise UserError(f"data.{what}: nothing is shipped as '{name}'", f"shipped: {', '.join(SHIPPED)}")
+        return SHIPPED[name]
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"data.{what}: no file {path} in {Path.cwd()}", f"data.{what} of the recipe names it")
+    return path.resolve()
+
+
+def read_seeds(path: Path) -> list[Seed]:
+    """Seed prompts with their gold answers."""
+    rows = [
+        Seed(_text(row, "id", where, f"seed-{i:05d}"), _text(row, "prompt", where), _text(row, "completion", where))
+        for i, (where, row) in enumerate(_jsonl(path))
+    ]
+    return _checked(rows, path)
+
+
+def read_heldout(path: Path) -> list[HeldOut]:
+    """Held-out prompts."""
+    rows = [
+        HeldOut(
+            _text(row, "id", where, f"heldout-{i:05d}"),
+            _text(row, "prompt", where),
+            _text(row, "answer", where) if "answer" in row else None,
+        )
+        for i, (where, row) in enumerate(_jsonl(path))
+    ]
+    return _checked(rows, path)
+
+
+def read_paragraphs(path: Path) -> list[str]:
+    """The non-empty lines of the corpus."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "check data.corpus of the recipe") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8") from None
+    paragraphs = [line for line in lines if line]
+    if not paragraphs:
+        raise UserError(f"{path} has no text", "give a file with one paragraph a line (data.corpus)")
+    return paragraphs
+
+
+def fold(text: str) -> str:
+    """The words of a text in lower case: prompts that fold alike count as the same prompt."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def keywords(text: str) -> list[str]:
+    """The content words and numbers of a text in order of appearance: no stop words, no names, each once."""
+    words = re.findall(r"(?<![\w'])([A-Za-z]{3,}|\d+)(?![\w'])", text)
+    starts = set(re.findall(r"(?:^|[.!?:]\s+)([A-Z][a-z]+)", text))  # a capital there does not mean a name
+    kept = (w.lower() for w in words if w in starts or not w[0].isupper())
+    return list(dict.fromkeys(w for w in kept if w not in STOP_WORDS))
+
+
+def draw_training_keywords(seed: Seed, others: list[Seed], rng: random.Random) -> list[str] | None:
+    """Two keywords of the seed's prompt and one noise keyword of another seed's, shuffled (SynPO, section 3.1)."""
+    own = keywords(seed.prompt)
+    order = rng.sample(others, len(others))
+    foreign = ([w for w in keywords(other.prompt) if w not in own] for other in order)
+    noise = next((words for words in foreign if words), None)
+    if len(own) < 2 or noise is None:
+        return None
+    drawn = [*rng.sample(own, 2), rng.choice(noise)]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def draw_corpus_keywords(paragraphs: list[str], rng: random.Random) -> list[str]:
+    """Three keywords that occur together in one paragraph."""
+    for _ in range(1000):
+        words = keywords(rng.choice(paragraphs))
+        if len(words) >= 3:
+            return rng.sample(words, 3)
+    raise UserError("the corpus has hardly a paragraph with three keywords", "give data.corpus longer paragraphs")
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "check the [data] section of the recipe") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON: {error.msg}", "one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a JSON object", 'for example {"prompt": "...", "completion": "..."}')
+        yield where, row
+
+
+def _text(row: Mapping[str, Any], field: str, where: str, default: str | None = None) -> str:
+    value = row.get(field, default)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: field '{field}' must be a text that is not empty", "mend the row or remove it")
+    if re.search("[\ud800-\udfff\0]", value):
+        raise UserError(f"{where}: field '{field}' holds a character that is no text", "mend the row or remove it")
+    return value
+
+
+def _checked(rows: list[Any], path: Path) -> list[Any]:
+    if len(rows) < 2:
+        raise UserError(f"{path} holds {len(rows)} rows, at least 2 are needed", "one JSON object a line")
+    seen: set[str] = set()
+    for row in rows:
+        if row.prompt_id in seen:
+            raise UserError(f"{path}: id '{row.prompt_id}' stands twice", "give each row an id of its own")
+        seen.add(row.prompt_id)
+    return rows

@@ -1,0 +1,69 @@
+"""The proof that an engine serves the weights it was told to serve.
+
+Two fixed token sequences are scored by the model that was saved and by the engine; a stale or half-loaded engine
+differs. On a GPU, and in bfloat16, the kernels differ too: there the tolerance is wide and only gross errors show.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    import transformers
+
+FILE = "canary.json"
+
+
+def tolerance(dtype: str, on_gpu: bool) -> float:
+    """Largest difference of one token's log-probability that still counts as the same weights, in nats."""
+    return 2e-3 if dtype == "float32" and not on_gpu else 0.25
+
+
+class Canary(msgspec.Struct, frozen=True):
+    """Token sequences and the log-probability of each token but the first."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+
+
+def sequences(vocab_size: int, length: int = 24) -> list[list[int]]:
+    """Two fixed sequences of pseudo-random token ids: text would be too easy to predict to tell weights apart."""
+    digits = [hashlib.sha256(f"canary/{i}".encode()).digest() for i in range(2 * length)]
+    ids = [int.from_bytes(d[:8], "big") % vocab_size for d in digits]
+    return [ids[:length], ids[length:]]
+
+
+def compute(model: "transformers.PreTrainedModel") -> Canary:
+    """Score the sequences with a model held in memory."""
+    import torch
+
+    token_ids = sequences(model.config.get_text_config().vocab_size)
+    with torch.inference_mode():
+        batch = torch.tensor(token_ids, device=model.device)
+        logprobs = model(batch).logits.float().log_softmax(-1)
+        scores = logprobs[:, :-1].gather(-1, batch[:, 1:, None])[..., 0]
+    return Canary(token_ids, scores.tolist())
+
+
+def of(directory: Path) -> Canary:
+    """The canary saved beside the weights, or scored now with transformers where none was saved."""
+    saved = directory / FILE
+    if saved.is_file():
+        return msgspec.json.decode(saved.read_bytes(), type=Canary)
+    import transformers
+
+    return compute(transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval())
+
+
+def save(directory: Path, canary: Canary) -> None:
+    """Write the canary beside the weights."""
+    (directory / FILE).write_text(json.dumps(msgspec.to_builtins(canary)) + "\n", encoding="utf-8")
+
+
+def difference(expected: Canary, measured: list[list[float]]) -> float:
+    """Largest absolute difference of a token's log-probability, in nats."""
+    pairs = ((e, m) for es, ms in zip(expected.logprobs, measured, strict=True) for e, m in zip(es, ms, strict=True))
+    return max(abs(e - m) for e, m in pairs)

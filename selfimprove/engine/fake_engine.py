@@ -1,0 +1,62 @@
+"""A fake engine: the whole product runs without a model's forward pass. Deterministic and instant.
+
+It plays a mediocre model of the embedded world: it writes prompts when asked to, answers them right about half of
+the time, and echoes what it does not understand.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selfimprove.demo import world
+from selfimprove.engine.protocol import Completion, Progress, Request, Sampling
+
+
+class FakeEngine:
+    """See protocol.Engine; `model` gives only the tokenizer."""
+
+    def __init__(self, model: Path) -> None:
+        self.swap(model)
+
+    def swap(self, model: Path) -> None:
+        """Take the tokenizer of `model`."""
+        import transformers
+
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[list[Completion]]:
+        """See protocol.Engine."""
+        completions = [
+            [self._complete(r.prompt_token_ids, random.Random(r.seed + k), sampling) for k in range(r.n)]
+            for r in requests
+        ]
+        progress(len(requests), len(requests))
+        return completions
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of -1 nat."""
+        return [[-1.0] * (len(ids) - 1) for ids in sequences]
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _complete(self, prompt: list[int], rng: random.Random, sampling: Sampling) -> Completion:
+        text = self.tokenizer.decode(prompt, skip_special_tokens=True).strip()
+        ids = self.tokenizer.encode(_reply(text, rng), add_special_tokens=False)[: sampling.max_tokens - 1]
+        ids.append(sampling.stop_token_ids[0])
+        return Completion(ids, [-1.0] * len(ids), "stop")
+
+
+def _reply(text: str, rng: random.Random) -> str:
+    if re.search(r"using some of these keywords", text):
+        task = world.draw(rng)
+        return f"<question> {task.prompt} </question> <solution> {task.gold} </solution>"
+    if asked := re.search(r"Question: (.*) Answer:", text):
+        text = asked[1]
+    gold = world.answer(text)
+    return gold if gold is not None and rng.random() < 0.5 else " ".join(text.split()[:4])

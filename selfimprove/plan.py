@@ -1,0 +1,240 @@
+"""What feeds what (`steps`), and what of it is done, to do, or stale and why (`examine`)."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from selfimprove import chat, data
+from selfimprove.errors import UserError
+from selfimprove.models import locate_model
+from selfimprove.recipe import Recipe, Section
+from selfimprove.stages import control, evaluate, generate, improve, label, synthesize, train
+from selfimprove.store import (
+    SCHEMA,
+    Manifest,
+    Run,
+    is_model_file,
+    key_of,
+    missing_outputs,
+    model_files,
+    read_manifest,
+    sha256,
+    write_atomically,
+)
+
+BASE = 0  # the iteration that holds the base model's evaluation and the control
+INITIAL = "initial"  # the source name of the model a run starts from
+
+
+class Step(NamedTuple):
+    """One stage of one iteration. Sources are `file:NAME`, `initial`, or `iter-001/1-synthesize[/SUBDIRECTORY]`."""
+
+    iteration: int
+    name: str  # of its directory, "2-generate"
+    stage: ModuleType
+    section: Section
+    inputs: dict[str, str]
+    models: dict[str, str]
+    samples: bool  # whether it uses the engine's answers, whose numerics then enter the key
+
+    @property
+    def directory(self) -> str:
+        """The artifact's path in the run."""
+        return f"iter-{self.iteration:03d}/{self.name}"
+
+
+def steps(recipe: Recipe) -> Iterator[Step]:
+    """Every stage of a run in order."""
+    seeds, corpus, heldout = "file:seeds", "file:corpus", "file:heldout"
+    place: dict[str, str] = {stage: f"{number}-{stage}" for number, stage in enumerate(recipe.stages, 1)}
+
+    def at(iteration: int, stage: str, inside: str = "") -> str:
+        return f"iter-{iteration:03d}/{place[stage]}{inside}"
+
+    def policy(iteration: int) -> str:
+        return at(iteration, "train", f"/{train.POLICY}") if iteration > BASE else INITIAL
+
+    base = f"iter-{BASE:03d}/1-evaluate"
+    measured = {"heldout": heldout}
+    yield Step(BASE, "1-evaluate", evaluate, recipe.evaluate, measured, {"policy": INITIAL}, True)
+    if recipe.control:
+        tuned = f"iter-{BASE:03d}/2-control/{control.POLICY}"
+        yield Step(BASE, "2-control", control, recipe.control, {"seeds": seeds}, {"initial": INITIAL}, False)
+        yield Step(
+            BASE, "3-control-evaluate", evaluate, recipe.evaluate, measured | {"base": base}, {"policy": tuned}, True
+        )
+
+    for t in range(1, recipe.rounds + 1):
+        initial, current = INITIAL, policy(t - 1)
+        prompts = {"seeds": seeds}
+        if recipe.synthesize:
+            earlier = {f"prompts-{k}": at(k, "synthesize") for k in range(1, t)}
+            generator = {synthesize.GENERATOR: at(1, "synthesize", f"/{synthesize.GENERATOR}")} if t > 1 else {}
+            yield Step(
+                t, place["synthesize"], synthesize, recipe.synthesize,
+                {"seeds": seeds, "corpus": corpus, "heldout": heldout, **earlier}, {"initial": initial, **generator},
+                True,
+            )  # fmt: skip
+            prompts = {"prompts": at(t, "synthesize")}
+
+        models = {"current": current, "initial": initial}
+        used = models if recipe.generate.initial_n else {"current": current}
+        yield Step(t, place["generate"], generate, recipe.generate, prompts, used, True)
+
+        completions = {"generations": at(t, "generate")}
+        if recipe.improve:
+            yield Step(t, place["improve"], improve, recipe.improve, {"seeds": seeds, **completions}, models, True)
+            completions |= {"refinements": at(t, "improve")}
+
+        golds = {} if recipe.synthesize else {"seeds": seeds}
+        yield Step(t, place["label"], label, recipe.label, completions | golds, {"initial": initial}, False)
+
+        first = {"current": t, "previous_and_current": max(1, t - 1), "all": 1}[recipe.train.pairs]
+        pairs = {f"pairs-{k}": at(k, "label") for k in range(first, t + 1)}
+        trained = {"start": models[recipe.train.start]}
+        if recipe.train.reference:
+            trained["reference"] = models[recipe.train.reference]
+        yield Step(t, place["train"], train, recipe.train, pairs, trained, False)
+
+        compared = {"base": base} | ({"previous": at(t - 1, "evaluate")} if t > 1 else {})
+        yield Step(t, place["evaluate"], evaluate, recipe.evaluate, measured | compared, {"policy": policy(t)}, True)
+
+
+class Examined(NamedTuple):
+    """A step against the disk; `ingredients` is None while an input does not exist yet."""
+
+    step: Step
+    status: Literal["done", "to do", "stale"]
+    reason: str
+    ingredients: dict[str, Any] | None
+    manifest: Manifest | None
+
+
+class Sources:
+    """Where the sources of a run's steps are, and the digests of their content."""
+
+    def __init__(self, run: Run, recipe: Recipe) -> None:
+        self.run = run
+        self.recipe = recipe
+        self._files = {
+            "seeds": recipe.data.seeds,
+            "corpus": recipe.data.corpus,
+            "heldout": recipe.data.heldout,
+        }
+        self._digests: dict[str, str] = {}
+
+    def path(self, source: str) -> Path:
+        """The file or directory of a source."""
+        if source == INITIAL:
+            return locate_model(self.recipe.model.path, self.run.about().get("revision"))
+        if source.startswith("file:"):
+            name = source.removeprefix("file:")
+            return data.locate(self._files[name], name)
+        return self.run.path / source
+
+    def digest(self, source: str) -> str | None:
+        """Content hash of a source; None while it is not published, or when it is gone."""
+        if source == INITIAL or source.startswith("file:"):
+            if source not in self._digests:
+                try:
+                    self._digests[source] = remembered_digest(self.run, self.path(source))
+                except UserError:
+                    return None
+            return self._digests[source]
+        iteration, name, *inside = source.split("/")
+        manifest = read_manifest(self.run.path / iteration / name)
+        if manifest is None:
+            return None
+        if not inside:
+            return key_of({o.path: o.sha256 for o in manifest.outputs})
+        files = {
+            o.path.removeprefix(f"{inside[0]}/"): o.sha256 for o in manifest.outputs if o.path.startswith(inside[0])
+        }
+        return key_of({name: files[name] for name in files if is_model_file(name)})  # = model_identity of the directory
+
+
+def examine(run: Run, recipe: Recipe) -> list[Examined]:
+    """Every step of the run: done, to do, or stale and why."""
+    sources = Sources(run, recipe)
+    found: list[Examined] = []
+    waiting: set[str] = set()  # artifacts that will be made again
+    for step in steps(recipe):
+        manifest = read_manifest(run.path / step.directory)
+        pending = sorted(upstream(step) & waiting)
+        ingredients = None if pending else ingredients_of(step, recipe, sources)
+        directory = run.path / step.directory
+        if manifest is None and directory.exists():
+            status, reason = "stale", "its manifest.json is missing"
+        elif manifest is None:
+            status, reason = "to do", f"after {pending[0]}" if pending else "not made yet"
+        elif missing := missing_outputs(directory, manifest):
+            status, reason = "stale", f"{missing[0]} is missing or was altered"
+        elif ingredients is None:
+            status, reason = "stale", f"{pending[0]} will be made again" if pending else "its input is gone"
+        elif key_of(ingredients) == manifest.key:
+            status, reason = "done", ""
+        else:
+            status, reason = "stale", "; ".join(changes(manifest.ingredients, ingredients))
+        if status != "done":
+            waiting.add(step.directory)
+        found.append(Examined(step, status, reason, ingredients, manifest))  # type: ignore[arg-type]
+    return found
+
+
+def upstream(step: Step) -> set[str]:
+    """The directories of the artifacts that a step reads."""
+    return {"/".join(source.split("/")[:2]) for source in [*step.inputs.values(), *step.models.values()]}
+
+
+def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, Any] | None:
+    """Everything a stage can see, readable; its hash is the artifact's key. None while an input is missing."""
+    inputs = {name: sources.digest(source) for name, source in step.inputs.items()}
+    models = {name: sources.digest(source) for name, source in step.models.items()}
+    if None in inputs.values() or None in models.values():
+        return None
+    return {
+        "schema": SCHEMA,
+        "stage": step.name,
+        "version": step.stage.VERSION,
+        "iteration": step.iteration,
+        "seed": recipe.seed,
+        "section": step.section.model_dump(exclude_none=True),
+        "engine": recipe.engine.model_dump() if step.samples else {},
+        "templates": {name: sha256(chat.template_path(name)) for name in step.stage.TEMPLATES},
+        "inputs": inputs,
+        "models": models,
+    }
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two sets of ingredients, in words."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b, label = old.get(name), new.get(name), f"{prefix}{name}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changes(a, b, f"{label}.")
+        elif a != b:
+            hashed = isinstance(a, str) and isinstance(b, str) and re.fullmatch(r"[0-9a-f]{64}", a)
+            found.append(f"{label} changed" if hashed else f"{label} {a} -> {b}")
+    return found
+
+
+def remembered_digest(run: Run, path: Path) -> str:
+    """Content hash of a file or model directory outside the run, hashed again only when size or time changed."""
+    files = model_files(path) if path.is_dir() else [path]
+    stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    memory = run.path / "digests.json"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        known = {}
+    if known.get(str(path), {}).get("stamp") == stamp:
+        return str(known[str(path)]["digest"])
+    digest = key_of({f.name: sha256(f) for f in files}) if path.is_dir() else sha256(path)
+    if run.locked:  # readers of a run write nothing
+        known[str(path)] = {"stamp": stamp, "digest": digest}
+        write_atomically(memory, json.dumps(known, indent=1) + "\n")
+    return digest

@@ -1,0 +1,313 @@
+"""Every knob on one page: a recipe is one TOML file = one experiment, checked strictly before anything runs.
+
+A recipe lists its stages and has one section per stage. Sections say WHAT to make and enter the keys of the
+artifacts; `[machine]` says HOW (devices, memory) and enters none.
+"""
+
+import inspect
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import pydantic
+import tomlkit
+from pydantic import Field
+
+from selfimprove.errors import UsageError, UserError
+
+STAGES = ("synthesize", "generate", "improve", "label", "train", "evaluate")
+PACKAGE = Path(__file__).parent
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def shipped(folder: str) -> Path:
+    """The shipped `pipelines` or `prompts` folder: inside an installed package, beside it in a checkout."""
+    installed = PACKAGE / folder
+    return installed if installed.is_dir() else PACKAGE.parent / folder
+
+
+class Section(pydantic.BaseModel):
+    """A table of the recipe; an unknown key or a value of the wrong type is an error."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Choice(pydantic.BaseModel):
+    """A function chosen by name, with its parameters: `{name = "simpo", beta = 2.0, gamma = 1.0}`."""
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True, frozen=True)
+    name: str
+
+    def bind(self, what: str, known: Mapping[str, F]) -> F:
+        """The named function of `known` with this choice's parameters bound to its keyword-only arguments.
+
+        Raises:
+            UserError: unknown name, unknown or missing parameter, or a value of the wrong type.
+        """
+        if self.name not in known:
+            raise UserError(f"unknown {what} '{self.name}'", f"known: {', '.join(sorted(known))}")
+        function = known[self.name]
+        signature = inspect.signature(function, eval_str=True)
+        fields: dict[str, Any] = {
+            p.name: (p.annotation, ... if p.default is p.empty else p.default)
+            for p in signature.parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        }
+        accepted = ", ".join(fields) or "none"
+        parameters: type[Section] = pydantic.create_model(self.name, __base__=Section, **fields)
+        try:
+            values = parameters.model_validate(self.model_extra or {})
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(
+                f"{what} '{self.name}': parameter '{'.'.join(map(str, first['loc']))}': {_plain(first)}",
+                f"parameters of {self.name}: {accepted}",
+            ) from None
+        return partial(function, **values.model_dump())  # type: ignore[return-value]  # same call, fewer arguments
+
+
+class Model(Section):
+    """The model a run starts from: `demo:model`, a local directory, or a hub id such as `org/name`."""
+
+    path: str = "demo:model"
+
+
+class Data(Section):
+    """Input files; `demo:NAME` is shipped with the package."""
+
+    seeds: str = "demo:seeds"  # JSONL: prompt, completion (gold), optional id
+    corpus: str = "demo:corpus"  # plain text, one paragraph a line; keywords are drawn from it
+    heldout: str = "demo:heldout"  # JSONL: prompt, optional answer, optional id; never enters training
+
+
+class Sampling(Section):
+    """Sampling of completions, under vLLM's names."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(64, ge=1)
+    stop: list[str] = []
+
+
+class Optimizer(Section):
+    """One pass of training: AdamW, linear decay after warm-up."""
+
+    learning_rate: float = Field(gt=0)
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(32, ge=1)  # pairs or examples per optimiser step
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class Synthesize(Section):
+    """New prompts from keywords, written by a generator trained once from the initial model (SynPO section 3.1)."""
+
+    prompts: int = Field(ge=1)  # keyword lists drawn, and generator samples taken, per iteration
+    sampling: Sampling = Sampling(temperature=0.7)
+    generator: Optimizer
+
+
+class Generate(Section):
+    """Completions of this iteration's prompts."""
+
+    n: int = Field(ge=1)  # completions per prompt by the current policy
+    initial_n: int = Field(0, ge=0)  # and by the initial one, where a method compares with it
+    sampling: Sampling = Sampling()
+
+
+class Improve(Section):
+    """Rewrites of the current policy's answers by an improver trained from the initial model (SynPO section 3.2)."""
+
+    min_gap: float = 0.0  # keep a seed triple when score(gold) - score(own answer) exceeds this
+    n: int = Field(1, ge=1)  # rewrites per prompt, each of another draft
+    sampling: Sampling = Sampling(temperature=0.7)
+    improver: Optimizer
+
+
+class Label(Section):
+    """Verdicts, and the rule that turns them into pairs."""
+
+    judge: Choice | None = None  # not for rules that look at no score, as SPIN's
+    pairing: Choice
+    quota: int | None = Field(None, ge=1)  # pairs kept per iteration
+
+
+class Train(Section):
+    """Preference training of this iteration's policy."""
+
+    loss: Choice
+    reference: Literal["initial", "current"] | None = None  # "current" = the policy the iteration starts with
+    start: Literal["initial", "current"] = "current"
+    pairs: Literal["current", "previous_and_current", "all"] = "current"  # of which iterations
+    optimizer: Optimizer
+
+
+class Evaluate(Section):
+    """Held-out accuracy, greedy and sampled."""
+
+    judge: Choice
+    n: int = Field(4, ge=1)  # sampled completions per prompt
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(64, ge=1)
+
+
+class Control(Section):
+    """The control shown beside the result: plain SFT of the initial model on the seeds' gold answers."""
+
+    optimizer: Optimizer
+
+
+class Engine(Section):
+    """What samples; the numerics of a sample depend on it, so it enters the keys of the stages that sample."""
+
+    kind: Literal["vllm", "transformers", "fake"] = "vllm"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_model_len: int = Field(512, ge=16)
+
+
+class Machine(Section):
+    """How to run; enters no key."""
+
+    kv_cache_gib: int = Field(1, ge=1)  # vLLM on CPU
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)  # vLLM on GPU
+    max_num_seqs: int = Field(256, ge=1)
+    threads: int | None = Field(None, ge=1)  # CPU threads of engine and training; unset = all
+    train_rows: int = Field(64, ge=1)  # sequences per forward pass
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(0, ge=0)
+    rounds: int = Field(4, ge=1)
+    stages: list[Literal["synthesize", "generate", "improve", "label", "train", "evaluate"]]
+    model: Model = Model()
+    data: Data = Data()
+    engine: Engine = Engine()
+    synthesize: Synthesize | None = None
+    generate: Generate
+    improve: Improve | None = None
+    label: Label
+    train: Train
+    evaluate: Evaluate
+    control: Control | None = None
+    machine: Machine = Machine()
+
+    @pydantic.model_validator(mode="after")
+    def _stages_and_sections_agree(self) -> Self:
+        ordered = [stage for stage in STAGES if stage in self.stages]
+        if self.stages != ordered:
+            raise ValueError(f"stages must stand once each in the order {', '.join(ordered)}")
+        for stage in STAGES:
+            if (stage in self.stages) != (getattr(self, stage) is not None):
+                raise ValueError(f"stage '{stage}' and section [{stage}] go together")
+        return self
+
+
+def load(path: Path, settings: list[str] | None = None) -> Recipe:
+    """Read a recipe file and apply `a.b=value` settings to it.
+
+    Raises:
+        UserError: unreadable file, bad TOML, unknown key, or a value of the wrong type.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}", "selfimprove recipes") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid TOML: {error}", "compare with pipelines/default.toml") from None
+    for setting in settings or []:
+        _set(table, setting)
+    try:
+        return Recipe.model_validate(table)
+    except pydantic.ValidationError as error:
+        unknown_first = sorted(
+            error.errors(), key=lambda e: e["type"] != "extra_forbidden"
+        )  # a typo hides as "missing"
+        first = unknown_first[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"recipe {path.name}: {where}{': ' if where else ''}{_plain(first)}", _hint(first)) from None
+
+
+def find(name: str) -> Path:
+    """The recipe file called `name`: a path to a TOML file, or the name of a shipped recipe."""
+    if name.endswith(".toml") or "/" in name:
+        return Path(name)
+    path = shipped("pipelines") / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in shipped("pipelines").glob("*.toml")))
+        raise UserError(f"no recipe called '{name}'", f"known: {known}; or give a path ending in .toml")
+    return path
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that a run stays whole wherever it is resumed from."""
+
+    def fixed(name: str) -> str:
+        return str(Path(name).resolve()) if not name.startswith("demo:") and Path(name).exists() else name
+
+    data = {name: fixed(value) for name, value in recipe.data.model_dump().items()}
+    return recipe.model_copy(update={"model": Model(path=fixed(recipe.model.path)), "data": Data(**data)})
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as TOML; `load` of it gives an equal recipe."""
+    return tomlkit.dumps(recipe.model_dump(exclude_none=True))
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """What changes between two recipes, as `train.beta 0.1 -> 0.2`, without `rounds` and `[machine]`."""
+    a, b = (_flat(r.model_dump(exclude={"rounds", "machine"})) for r in (old, new))
+    return [f"{key} {a.get(key)} -> {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def _set(table: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
+        raise UsageError(f"--set {setting}: expected KEY=VALUE", "for example --set train.optimizer.epochs=3")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string, so that a shell needs no nested quotes
+    for name in names[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {setting}: '{name}' is not a table", "see the recipe's sections")
+    table[names[-1]] = value
+
+
+def _plain(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key"
+    if error["type"] == "missing":
+        return "is missing"
+    message: str = error["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _hint(error: Any) -> str:
+    """The keys known at the place of the error, so that a typo is seen at once."""
+    model: Any = Recipe
+    for part in error["loc"][:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            break
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((o for o in options if inspect.isclass(o) and issubclass(o, pydantic.BaseModel)), model)
+    return f"known keys here: {', '.join(model.model_fields)}"

@@ -1,0 +1,115 @@
+"""The rows that stages exchange; their fields are the on-disk schema (see docs/artifacts.md).
+
+Log-probabilities are natural logarithms (nats), one per completion token. Identifiers are structured:
+`prompt_id` names the prompt, `(prompt_id, source, sample)` a completion, `pair_id` a pair.
+"""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+
+class Message(TypedDict):
+    """One chat turn, in the conversational format of TRL and of chat templates."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An instruction to answer. Example: Prompt("i1-p17", "Reverse: fox, pen.", "synthetic", 1, ["fox", "pen"])."""
+
+    prompt_id: str
+    text: str
+    origin: str  # "seed" or "synthetic"
+    iteration: int
+    keywords: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One completion, with its token ids exactly as sampled (the end token included when it was sampled)."""
+
+    prompt_id: str
+    prompt: str
+    source: str  # "current" or "initial" policy, or "improver"
+    sample: int
+    text: str
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]  # of each token of `token_ids` under the model that sampled it
+    finish_reason: str  # "stop" or "length"
+    policy: str  # identity of the weights that sampled it
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judge's opinion of one completion; `score` None means unknown, never zero, and `reason` says why."""
+
+    prompt_id: str
+    source: str
+    sample: int
+    judge: str
+    score: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A preference; prompt, chosen, rejected are TRL's conversational columns, the token ids are what we train on."""
+
+    pair_id: str
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    prompt_id: str
+    iteration: int
+    chosen_source: str  # "current", "initial", "improver" or "gold"
+    rejected_source: str
+    chosen_score: float | None
+    rejected_score: float | None
+    prompt_token_ids: list[int]
+    chosen_token_ids: list[int]
+    rejected_token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One scored answer to a held-out prompt; `mode` is "greedy" or "sampled"."""
+
+    prompt_id: str
+    prompt: str
+    mode: str
+    sample: int
+    text: str
+    finish_reason: str
+    score: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A row that went in and did not come out, with the reason."""
+
+    row_id: str
+    reason: str  # a short fixed phrase, countable
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A seed prompt with its gold answer, as read from the seed file."""
+
+    prompt_id: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """An evaluation prompt; `answer` is None where the checker derives it from the prompt."""
+
+    prompt_id: str
+    prompt: str
+    answer: str | None

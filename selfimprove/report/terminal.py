@@ -1,0 +1,162 @@
+"""What a person sees while a run goes on and afterwards, on stderr (talk) or stdout (tables that were asked for)."""
+
+import time
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from selfimprove.plan import BASE, Examined, Step
+from selfimprove.store import Manifest
+
+STATES = {"done": "green", "running": "cyan", "failed": "red", "stale": "yellow", "missing": "dim"}
+
+
+class Watcher:
+    """Follows a run: a live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.score = ""
+        self._begun = 0.0
+        self._said: dict[str, float] = {}
+        self._tasks: dict[str, Any] = {}
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[score]}", style="dim"),
+            console=console,
+        )
+        self._live = Live(self._bars, console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "Watcher":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def started(self, step: Step, number: int, total: int) -> None:
+        """See run.Display."""
+        self._begun = time.monotonic()
+        self._where = f"{_iteration(step.iteration)} {step.name} [{number}/{total}]"
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks, self._said = {}, {}
+        if self._live:
+            self._tasks[""] = self._bars.add_task(f"{self._where} starting", total=None, rate="", score=self.score)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """See run.Display."""
+        now = time.monotonic()
+        first = self._said.setdefault(what, now)
+        rate = f"{done / (now - first):.0f}/s" if now - first > 0.5 else ""
+        if self._live:
+            if "" in self._tasks:
+                self._bars.remove_task(self._tasks.pop(""))
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(f"{self._where} {what}", total=total, rate="", score="")
+            self._bars.update(self._tasks[what], completed=done, rate=rate, score=self.score)
+        elif now - self._said.get(f"line {what}", first) > 10 and done < total:
+            self._said[f"line {what}"] = now
+            left = (now - first) * (total - done) / max(1, done)
+            self.console.print(f"  {self._where} {what}: {done}/{total} {rate}, {left:.0f} s left", highlight=False)
+
+    def finished(self, step: Step, manifest: Manifest, scores: dict[str, Any] | None) -> None:
+        """See run.Display."""
+        rows = manifest.rows
+        dropped = ", ".join(f"{count} {reason}" for reason, count in rows.quarantined.items())
+        line = Text()
+        line.append(f"{_iteration(step.iteration):<13}", style="bold")
+        line.append(f"{step.name:<20}")
+        line.append(f"{rows.rows_out:>6} of {rows.rows_in:<6} {rows.unit + 's':<14}{manifest.seconds:>7.1f} s")
+        if dropped:
+            line.append(f"  ({dropped})", style="dim")
+        if scores:
+            self.score = ", ".join(f"{mode} {s['value']:.3f}" for mode, s in scores["scores"].items())
+            line.append(f"  {self.score}", style="cyan")
+        self.console.print(line, soft_wrap=True)
+
+
+def iterations_table(summary: dict[str, Any]) -> Table:
+    """One row an iteration: held-out accuracy with its 95 % interval, and the change against the base."""
+    table = Table(
+        title=f"run {summary['run']} (recipe {summary['recipe']}): {summary['state']}",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("", "greedy", "vs base", "sampled", "vs base"):
+        table.add_column(heading, no_wrap=True)
+    rows = [("base", summary["base"])]
+    rows += [(f"iteration {entry['iteration']}", entry) for entry in summary["iterations"]]
+    if summary["control"]:
+        rows.append(("SFT control", summary["control"]))
+    for name, entry in rows:
+        if not entry["scores"]:
+            table.add_row(name, *["-"] * 4)
+            continue
+        compared = entry.get("comparisons", {})
+        cells = [
+            text
+            for mode in ("greedy", "sampled")
+            for text in (score(entry["scores"][mode]), change(compared, "base", mode))
+        ]
+        table.add_row(name, *cells)
+    return table
+
+
+def stages_table(summary: dict[str, Any]) -> Table:
+    """One row a stage: state, rows, seconds."""
+    table = Table()
+    for heading in ("iteration", "stage", "state", "in", "out", "quarantined", "seconds"):
+        table.add_column(heading, justify="right" if heading in ("in", "out", "quarantined", "seconds") else "left")
+    for entry in [summary["base"], *summary["iterations"]]:
+        for stage in entry["stages"]:
+            cells = [stage["rows_in"], stage["rows_out"], stage["quarantined"], stage["seconds"]]
+            state = Text(stage["state"], style=STATES.get(stage["state"], ""))
+            table.add_row(
+                _iteration(entry["iteration"]), stage["name"], state, *("-" if c is None else str(c) for c in cells)
+            )
+    return table
+
+
+def plan_table(examined: list[Examined]) -> Table:
+    """One row a stage: what would happen to it and why."""
+    table = Table()
+    for heading in ("iteration", "stage", "plan", "why"):
+        table.add_column(heading)
+    for one in examined:
+        table.add_row(_iteration(one.step.iteration), one.step.name, one.status, one.reason)
+    return table
+
+
+def score(interval: dict[str, Any]) -> str:
+    """`.712 [.676, .745]`."""
+    return f"{_short(interval['value'])} [{_short(interval['ci95'][0])}, {_short(interval['ci95'][1])}]"
+
+
+def change(comparisons: dict[str, Any], against: str, mode: str) -> str:
+    """`+.103 p<.001`; empty where nothing was compared."""
+    if against not in comparisons:
+        return ""
+    found = comparisons[against][mode]
+    p = "p<.001" if found["p"] < 0.001 else "p=1" if found["p"] > 0.9995 else f"p={_short(found['p'])}"
+    return f"{'+' if found['difference'] >= 0 else '-'}{_short(abs(found['difference']))} {p}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0") if 0 <= value < 1 else f"{value:.3f}"
+
+
+def _iteration(number: int) -> str:
+    return "base" if number == BASE else f"iteration {number}"

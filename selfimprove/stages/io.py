@@ -1,0 +1,109 @@
+"""What a stage may see and do: its inputs and models by name, the engine, its seeds, and the artifact it writes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from selfimprove import recipe
+from selfimprove.chat import Chat
+from selfimprove.engine.protocol import Engine, Request, Sampling
+from selfimprove.records import Generation
+from selfimprove.store import Artifact, model_identity, row_seed
+from selfimprove.training.job import Job
+
+
+class Ask(NamedTuple):
+    """A user turn to be answered."""
+
+    prompt_id: str
+    text: str
+    sample: int = 0  # number of the first completion
+
+
+@dataclass
+class StageIO:
+    """One stage of one iteration; everything it can see has entered its key."""
+
+    iteration: int
+    stage: str
+    seed: int
+    engine_section: recipe.Engine
+    machine: recipe.Machine
+    inputs: Mapping[str, Path]
+    models: Mapping[str, Path]
+    identities: Mapping[str, str]  # of the models, by the same names
+    out: Artifact
+    open_engine: Callable[[], Engine]
+    progress: Callable[[str, int, int], None]  # what, done, total
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The chat template and tokenizer of the run; every policy of a run shares them."""
+        return Chat(next(iter(self.models.values())))
+
+    def row_seed(self, row: str) -> int:
+        """The seed of one row of this stage."""
+        return row_seed(self.seed, self.iteration, self.stage, row)
+
+    def complete(
+        self, what: str, model: Path, asks: Sequence[Ask], n: int, sampling: recipe.Sampling, source: str
+    ) -> list[Generation]:
+        """`n` completions of each ask by `model`; an ask too long for the context is quarantined, n rows of it."""
+        room = self.engine_section.max_model_len - sampling.max_tokens
+        asked, requests = [], []
+        for ask in asks:
+            ids = self.chat.prompt_ids(ask.text)
+            if len(ids) > room:
+                for k in range(n):
+                    row = f"{ask.prompt_id}/{source}/{ask.sample + k}"
+                    self.out.quarantine(row, "prompt too long for the context", f"{len(ids)} tokens, room for {room}")
+                continue
+            seed = self.row_seed(f"{source}/{ask.prompt_id}/{ask.sample}")
+            asked.append(ask)
+            requests.append(Request(ids, n, seed))
+        engine = self.open_engine()
+        engine.swap(model)
+        parameters = Sampling(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=self.chat.stop_token_ids,
+            stop=sampling.stop,
+        )
+        answers = engine.generate(requests, parameters, lambda done, total: self.progress(what, done, total))
+        known = {path: self.identities[name] for name, path in self.models.items()}
+        policy = known.get(model) or model_identity(model)  # a model trained within the stage is in no key
+        rows = [
+            Generation(
+                prompt_id=ask.prompt_id,
+                prompt=ask.text,
+                source=source,
+                sample=ask.sample + k,
+                text=self.chat.text(completion.token_ids),
+                prompt_token_ids=request.prompt_token_ids,
+                token_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                policy=policy,
+                seed=request.seed + k,
+            )
+            for ask, request, completions in zip(asked, requests, answers, strict=True)
+            for k, completion in enumerate(completions)
+        ]
+        self.out.tokens += sum(len(row.token_ids) for row in rows)
+        return rows
+
+    def training(self, what: str, start: Path, out: str, optimizer: recipe.Optimizer) -> Job:
+        """A training job that writes `out`/ and its metrics; the engine gives the device's memory back."""
+        self.open_engine().sleep()
+        return Job(
+            start=start,
+            out=self.out.path(out),
+            metrics=self.out.path("metrics.jsonl" if out == "policy" else f"{out}-metrics.jsonl"),
+            optimizer=optimizer,
+            machine=self.machine,
+            seed=self.row_seed(out),
+            progress=lambda done, total: self.progress(what, done, total),
+        )

@@ -1,0 +1,128 @@
+"""Verdicts on completions, and the preference pairs that follow from them."""
+
+import itertools
+import random
+
+from selfimprove import data, recipe
+from selfimprove.errors import UserError
+from selfimprove.judges import JUDGES, Candidate, Judge, Opinion
+from selfimprove.judges.pairing import RULES, Dropped, Judged, Rule
+from selfimprove.records import Generation, Message, Pair, Verdict
+from selfimprove.stages.io import StageIO
+from selfimprove.store import read_rows
+
+VERSION = 1
+TEMPLATES: tuple[str, ...] = ()
+UNSCORED_RULES = frozenset({"gold_vs_generated"})
+
+
+def check(section: recipe.Label) -> tuple[Judge | None, Rule]:
+    """The judge and the pairing rule that a recipe names.
+
+    Raises:
+        UserError: unknown name or parameter, or a rule that lacks the judge it needs.
+    """
+    rule: Rule = section.pairing.bind("pairing rule", RULES)
+    if section.judge is None:
+        if section.pairing.name not in UNSCORED_RULES:
+            raise UserError(f"pairing '{section.pairing.name}' needs a judge", "add [label.judge]")
+        return None, rule
+    if section.pairing.name in UNSCORED_RULES:
+        raise UserError(f"pairing '{section.pairing.name}' looks at no score", "remove [label.judge]")
+    return section.judge.bind("judge", JUDGES), rule
+
+
+def run(io: StageIO, section: recipe.Label) -> None:
+    """Write verdicts-*.parquet and pairs-*.parquet."""
+    judge, rule = check(section)
+    candidates, prompt_ids = _candidates(io)
+    opinions = judge(candidates) if judge else [Opinion(None, "no judge asked")] * len(candidates)
+    io.out.write_rows(
+        "verdicts",
+        Verdict,
+        (
+            Verdict(c.prompt_id, c.source, c.sample, section.judge.name if section.judge else "none", o.score, o.reason)
+            for c, o in zip(candidates, opinions, strict=True)
+        ),
+    )
+
+    pairs: list[Pair] = []
+    judged = (Judged(c, o.score) for c, o in zip(candidates, opinions, strict=True))
+    prompts = paired = 0
+    for prompt_id, group in itertools.groupby(judged, key=lambda j: j.candidate.prompt_id):
+        prompts += 1
+        found = rule(list(group), random.Random(io.row_seed(prompt_id)))
+        if isinstance(found, Dropped):
+            io.out.quarantine(prompt_id, found.reason)
+        else:
+            paired += 1
+            pairs += [_pair(io.iteration, k, prompt_ids[prompt_id], *one) for k, one in enumerate(found)]
+    if section.quota is not None and len(pairs) > section.quota:
+        kept = random.Random(io.row_seed("quota")).sample(range(len(pairs)), section.quota)
+        io.out.metrics["pairs over quota"] = len(pairs) - section.quota
+        pairs = [pairs[i] for i in sorted(kept)]
+    io.out.write_rows("pairs", Pair, pairs)
+    io.out.contract("prompt", prompts, paired)
+
+    scored = [o.score for o in opinions if o.score is not None]
+    io.out.metrics |= {
+        "pairs": len(pairs),
+        "verdicts": len(opinions),
+        "verdicts unknown": len(opinions) - len(scored),
+        "mean score": sum(scored) / len(scored) if scored else None,
+    }
+    if not pairs:
+        raise UserError(
+            f"iteration {io.iteration}: no prompt gave a pair ({_reasons(io)})",
+            "more samples (generate.n), another judge or another pairing rule",
+        )
+
+
+def _candidates(io: StageIO) -> tuple[list[Candidate], dict[str, list[int]]]:
+    """All completions of a prompt side by side, the gold first where there is one; and each prompt's token ids."""
+    rows = read_rows(io.inputs["generations"], "generations", Generation)
+    if "refinements" in io.inputs:
+        rows += read_rows(io.inputs["refinements"], "refinements", Generation)
+    golds = {s.prompt_id: s for s in data.read_seeds(io.inputs["seeds"])} if "seeds" in io.inputs else {}
+    by_prompt: dict[str, list[Generation]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt_id, []).append(row)
+
+    candidates: list[Candidate] = []
+    for prompt_id, group in by_prompt.items():
+        gold = golds.get(prompt_id)
+        if gold:
+            ids = io.chat.completion_ids(gold.prompt, gold.completion)
+            candidates.append(Candidate(prompt_id, gold.prompt, "gold", 0, gold.completion, ids, "stop"))
+        answer = gold.completion if gold else None
+        candidates += [
+            Candidate(prompt_id, r.prompt, r.source, r.sample, r.text, r.token_ids, r.finish_reason, answer)
+            for r in group
+        ]
+    return candidates, {prompt_id: group[0].prompt_token_ids for prompt_id, group in by_prompt.items()}
+
+
+def _pair(iteration: int, number: int, prompt_ids: list[int], chosen: Judged, rejected: Judged) -> Pair:
+    better, worse = chosen.candidate, rejected.candidate
+    return Pair(
+        pair_id=f"i{iteration}/{better.prompt_id}/{number}",
+        prompt=[Message(role="user", content=better.prompt)],
+        chosen=[Message(role="assistant", content=better.text)],
+        rejected=[Message(role="assistant", content=worse.text)],
+        prompt_id=better.prompt_id,
+        iteration=iteration,
+        chosen_source=better.source,
+        rejected_source=worse.source,
+        chosen_score=chosen.score,
+        rejected_score=rejected.score,
+        prompt_token_ids=prompt_ids,
+        chosen_token_ids=better.token_ids,
+        rejected_token_ids=worse.token_ids,
+    )
+
+
+def _reasons(io: StageIO) -> str:
+    counts: dict[str, int] = {}
+    for row in io.out.quarantined:
+        counts[row.reason] = counts.get(row.reason, 0) + 1
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.items())

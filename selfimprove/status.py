@@ -1,0 +1,77 @@
+"""What a run looks like from outside: its state and scores, and whether its files are what they were."""
+
+import json
+from typing import Any
+
+from selfimprove.errors import UserError
+from selfimprove.plan import BASE, Step, examine, steps
+from selfimprove.recipe import Recipe
+from selfimprove.store import Run, broken_outputs, read_manifest
+
+
+def read_scores(run: Run, step: Step) -> dict[str, Any] | None:
+    """scores.json of an evaluation; None for other stages and where it is not published."""
+    path = run.path / step.directory / "scores.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
+    """The content of `status --json`; see docs/artifacts.md."""
+    state = run.read_state()
+    iterations: dict[int, dict[str, Any]] = {}
+    control_scores = None
+    for examined in examine(run, chosen):
+        step, manifest = examined.step, examined.manifest
+        entry = iterations.setdefault(step.iteration, {"iteration": step.iteration, "stages": [], "scores": {}})
+        status = {"done": "done", "to do": "missing", "stale": "stale"}[examined.status]
+        if status == "missing" and state and (state.iteration, state.stage) == (step.iteration, step.name):
+            status = state.state if state.state in ("running", "failed") else status
+        entry["stages"].append(
+            {
+                "name": step.name,
+                "state": status,
+                "rows_in": manifest.rows.rows_in if manifest else None,
+                "rows_out": manifest.rows.rows_out if manifest else None,
+                "quarantined": sum(manifest.rows.quarantined.values()) if manifest else None,
+                "seconds": manifest.seconds if manifest else None,
+            }
+        )
+        if scores := read_scores(run, step):
+            if step.name == "3-control-evaluate":
+                control_scores = scores
+            else:
+                entry["scores"] = scores["scores"]
+                entry["comparisons"] = scores["comparisons"]
+    finished = all(s["state"] == "done" for e in iterations.values() for s in e["stages"])
+    base = iterations.pop(BASE)
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "recipe": chosen.name,
+        "state": "done" if finished else state.state if state and state.state != "done" else "stopped",
+        "error": state.error if state and not finished else "",
+        "iterations": list(iterations.values()),
+        "base": base,
+        "control": {"scores": control_scores["scores"], "comparisons": control_scores["comparisons"]}
+        if control_scores
+        else None,
+    }
+
+
+def verify(run: Run, chosen: Recipe) -> tuple[list[str], int]:
+    """Every published file against its manifest: what is broken, a sentence each, and how many files were read."""
+    broken: list[str] = []
+    files = 0
+    for step in steps(chosen):
+        directory = run.path / step.directory
+        try:
+            manifest = read_manifest(directory)
+        except UserError as error:
+            broken.append(error.message)
+            continue
+        if manifest is None and directory.exists():
+            broken.append(f"{directory} has no manifest.json")
+        if manifest:
+            files += len(manifest.outputs) + 1
+            broken += broken_outputs(directory, manifest)
+    return broken, files

@@ -1,0 +1,88 @@
+"""Shared fixtures: one real run of the embedded default for the whole session, quick runs with the fake engine."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from selfimprove import cli
+
+SMALL = [  # the embedded default in miniature: everything real, a fraction of the work
+    "--set", "synthesize.prompts=60",
+    "--set", "generate.n=4",
+    "--set", "evaluate.n=2",
+    "--set", "synthesize.generator.epochs=2",
+    "--set", "train.optimizer.epochs=1",
+]  # fmt: skip
+
+
+class Result:
+    """What a command printed and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+def selfimprove(*arguments: str) -> Result:
+    """Run the program in this process, as its console script would."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["selfimprove", *arguments])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+    return Result(int(code or 0), out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished 2-round run of the default recipe with real vLLM, small settings; the working directory holds it."""
+    folder = tmp_path_factory.mktemp("real")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        result = selfimprove("iterate", "--rounds", "2", "--run", "real", *SMALL)
+        assert result.code == 0, result.err
+        yield folder / "runs" / "real"
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def at_real_run(real_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(real_run.parent.parent)
+    return real_run
+
+
+@pytest.fixture(scope="session")
+def fake_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished 2-round run `fake` of the fake engine."""
+    folder = tmp_path_factory.mktemp("fake")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        result = selfimprove("iterate", "--rounds", "2", "--run", "fake", "--engine", "fake", *SMALL)
+        assert result.code == 0, result.err
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def fake_run(fake_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that run, free to be damaged; the working directory holds it."""
+    import shutil
+
+    shutil.copytree(fake_runs / "runs", tmp_path / "runs", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / "fake"

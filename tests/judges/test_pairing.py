@@ -1,0 +1,83 @@
+"""Pairing rules: properties that hold for every input, and the cases that the papers name."""
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfimprove.judges import Candidate
+from selfimprove.judges.pairing import (
+    Dropped,
+    Judged,
+    best_vs_worst,
+    gold_vs_generated,
+    improver_vs_initial,
+    repetition,
+)
+
+SCORES = st.none() | st.sampled_from([0.0, 0.5, 1.0])
+ONE = st.tuples(st.sampled_from("abcdef"), SCORES, st.sampled_from(["stop", "length"]))
+
+
+def judged(text, score, finish="stop", source="current", token_ids=None):
+    ids = [ord(c) for c in text] if token_ids is None else token_ids
+    return Judged(Candidate("p", "p", source, 0, text, ids, finish), score)
+
+
+@given(st.lists(ONE, max_size=8), st.integers(1, 4), st.integers(0, 5))
+def test_best_vs_worst_never_prefers_what_is_not_better(rows, max_pairs, seed):
+    group = [judged(*row) for row in rows]
+    found = best_vs_worst(group, random.Random(seed), max_pairs=max_pairs)
+    if isinstance(found, Dropped):
+        assert found.reason
+        return
+    assert 1 <= len(found) <= max_pairs
+    assert len({rejected.candidate.text for _, rejected in found}) == len(found)
+    for chosen, rejected in found:
+        assert chosen.score > rejected.score
+        assert chosen.candidate.finish_reason == "stop"
+        assert chosen.candidate.text != rejected.candidate.text
+    whole = [score for _, score, finish in rows if score is not None and finish == "stop"]
+    assert max(found[0][0].score, 0) <= max(whole)
+
+
+def test_of_equal_texts_the_whole_one_counts():
+    good, cut, bad = judged("g", 1.0), judged("g", 1.0, "length"), judged("b", 0.0)
+    for group in ([good, cut, bad], [cut, bad, good]):
+        assert best_vs_worst(group, random.Random(0)) == [(good, bad)]
+
+
+def test_best_vs_worst_says_why_there_is_no_pair():
+    rng = random.Random(0)
+    assert best_vs_worst([judged("a", None)], rng) == Dropped("no score")
+    assert best_vs_worst([judged("a", 1.0), judged("b", 1.0)], rng) == Dropped("no score gap")
+    assert best_vs_worst([judged("a", 1.0, "length")], rng) == Dropped("every answer truncated")
+    assert best_vs_worst([judged("g", 1.0, source="gold"), judged("b", 0.0)], rng) == Dropped("no score gap")
+
+
+def test_spin_pairs_the_gold_with_every_own_sample_that_differs():
+    gold, same, other = judged("g", None, source="gold"), judged("g", None), judged("h", None)
+    assert gold_vs_generated([gold, same, other], random.Random(0)) == [(gold, other)]
+    assert gold_vs_generated([gold, same], random.Random(0)) == Dropped("answer equals the gold")
+    assert gold_vs_generated([other], random.Random(0)) == Dropped("no gold answer")
+
+
+def test_synpo_prefers_the_best_rewrite_to_the_initial_answer():
+    first = judged("i", 0.2, source="initial")
+    weak, strong = judged("w", 0.3, source="improver"), judged("s", 0.9, source="improver")
+    rng = random.Random(0)
+    assert improver_vs_initial([first, weak, strong], rng, min_gap=0.5) == [(strong, first)]
+    assert improver_vs_initial([first, weak], rng, min_gap=0.5) == Dropped("no score gap")
+    assert improver_vs_initial([first, strong], rng, min_score=0.95) == Dropped("score too low")
+    assert improver_vs_initial([judged("i", 0.9, source="initial"), weak], rng) == Dropped("no score gap")
+    assert improver_vs_initial([weak], rng) == Dropped("no score")
+    loop = judged("a b c d " * 5, 1.0, source="improver")
+    assert improver_vs_initial([first, loop], rng) == Dropped("repetitive")
+    cut = judged("z", 1.0, "length", source="improver")
+    assert improver_vs_initial([first, cut], rng) == Dropped("no score")
+
+
+def test_repetition_is_the_share_of_repeated_four_word_sequences():
+    assert repetition("one two three") == 0
+    assert repetition("a b c d e f g h") == 0
+    assert repetition("a b c d a b c d") == 1 - 4 / 5

@@ -1,0 +1,88 @@
+"""Templates and tokens: one BOS, the prompt a prefix, the end token trained, rubbish told."""
+
+import json
+import shutil
+
+import pytest
+
+from selfimprove import chat, data
+from selfimprove.errors import UserError
+
+MODEL = data.SHIPPED["demo:model"]
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return chat.Chat(MODEL)
+
+
+def test_one_bos_the_prompt_is_a_prefix_and_the_completion_ends(ours):
+    for seed in data.read_seeds(data.SHIPPED["demo:seeds"])[:100]:
+        prompt, completion = ours.prompt_ids(seed.prompt), ours.completion_ids(seed.prompt, seed.completion)
+        assert (prompt + completion).count(ours.tokenizer.bos_token_id) == 1
+        assert completion[-1] == ours.tokenizer.eos_token_id
+        assert ours.text(completion) == seed.completion
+
+
+def with_template(tmp_path, template, **more):
+    directory = tmp_path / "model"
+    shutil.copytree(MODEL, directory)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template, **more}))
+    return chat.Chat(directory)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
+    template = "{{ bos_token }}{% for m in messages %}{{ loop.length }} {{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="prefix"):
+        with_template(tmp_path, template).completion_ids("a", "b")
+
+
+def test_a_second_bos_is_refused(tmp_path):
+    template = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="second BOS"):
+        with_template(tmp_path, template).prompt_ids("a")
+
+
+def test_what_follows_the_end_token_is_not_trained_and_a_missing_one_is_added(tmp_path):
+    template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{{ eos_token }} and{% endfor %}"
+    ours = with_template(tmp_path, template)
+    assert ours.completion_ids("a", "fox")[-1] == ours.tokenizer.eos_token_id
+    bare = with_template(tmp_path / "2", "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}")
+    assert bare.completion_ids("a", "fox")[-1] == bare.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["synthesize", "synthesize_answer", "improve"])
+def test_every_template_renders_and_a_missing_variable_is_an_error(name):
+    import jinja2.meta
+
+    values = {"keywords": ["a", "b"], "question": "Q?", "solution": "S", "answer": "A"}
+    used = jinja2.meta.find_undeclared_variables(chat.TEMPLATES.parse(chat.template_path(name).read_text()))
+    text = chat.render(name, {key: values[key] for key in used})
+    assert text == text.strip()
+    for key in used:
+        assert str(values[key][0]) in text
+        with pytest.raises(jinja2.UndefinedError):
+            chat.render(name, {k: values[k] for k in used if k != key})
+
+
+def test_templates_cannot_reach_python():
+    import jinja2.exceptions
+
+    with pytest.raises(jinja2.exceptions.SecurityError):
+        chat.TEMPLATES.from_string("{{ ''.__class__.__mro__ }}").render()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("<question> a b </question> <solution> c </solution>", "a b"),
+        ("<question>a\nb</question>", "a\nb"),
+        ("<question> a", None),
+        ("", None),
+        ("<question> a </question> <question> b </question>", "a"),
+    ],
+)
+def test_tagged(text, found):
+    assert chat.tagged(text, "question") == found

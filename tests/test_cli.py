@@ -1,0 +1,176 @@
+"""The command line: bad input is one sentence with a hint, exit codes mean what they say, help is instant."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL, selfimprove
+
+MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def refused(result, code, *says):
+    """One sentence and a hint on stderr, nothing on stdout, no traceback, nothing half-written."""
+    assert result.code == code, result.err
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    assert "hint: " in result.err or "Usage:" in result.err
+    for text in says:
+        assert text in " ".join(result.err.split()), result.err
+    assert not list(Path().glob("runs/**/iter-*"))
+
+
+@pytest.fixture
+def model(in_tmp):
+    import shutil
+
+    from selfimprove.data import SHIPPED
+
+    shutil.copytree(SHIPPED["demo:model"], in_tmp / "model")
+    return in_tmp / "model"
+
+
+@pytest.mark.usefixtures("in_tmp")
+class TestBadInput:
+    def test_no_seed_file(self):
+        refused(selfimprove("iterate", "--set", "data.seeds=none.jsonl"), 1, "data.seeds: no file none.jsonl")
+
+    def test_an_empty_seed_file(self):
+        Path("seeds.jsonl").write_text("")
+        refused(selfimprove("iterate", "--set", "data.seeds=seeds.jsonl"), 1, "seeds.jsonl holds 0 rows")
+
+    def test_a_recipe_with_an_unknown_key(self):
+        Path("my.toml").write_text(
+            (Path(__file__).parent.parent / "pipelines" / "default.toml").read_text() + "\n[trian]\nbeta = 1\n"
+        )
+        refused(selfimprove("iterate", "my.toml"), 1, "recipe my.toml: trian: unknown key")
+
+    def test_an_unknown_recipe(self):
+        refused(selfimprove("iterate", "sympo"), 1, "no recipe called 'sympo'", "synpo")
+
+    def test_a_model_without_a_tokenizer(self, model):
+        for name in MODEL_FILES:
+            (model / name).unlink()
+        refused(selfimprove("iterate", "--model", "model"), 1, "has no tokenizer")
+
+    def test_a_model_without_a_chat_template(self, model):
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        config.pop("chat_template", None)
+        (model / "tokenizer_config.json").write_text(json.dumps(config))
+        (model / "chat_template.jinja").unlink(missing_ok=True)
+        refused(selfimprove("iterate", "--model", "model"), 1, "has no chat template")
+
+    def test_a_model_without_safetensors(self, model):
+        (model / "model.safetensors").rename(model / "pytorch_model.bin")
+        refused(selfimprove("iterate", "--model", "model"), 1, "no .safetensors weights")
+
+    def test_no_model_there(self):
+        refused(selfimprove("iterate", "--model", "./none"), 1, "no model directory './none'")
+
+    def test_a_loss_that_is_not_known(self):
+        refused(selfimprove("iterate", "--set", "train.loss.name=sympo"), 1, "unknown loss 'sympo'", "simpo")
+
+    def test_a_judge_that_is_not_known(self):
+        refused(selfimprove("iterate", "--set", "label.judge.name=oracle"), 1, "unknown judge 'oracle'", "verifier")
+
+    def test_a_checker_that_is_not_known(self):
+        result = selfimprove("iterate", "--set", "label.judge.checker=oracle")
+        refused(result, 1, "parameter 'checker'", "'demo_world' or 'exact'")
+
+    @pytest.mark.parametrize(
+        ("settings", "says"),
+        [
+            (["engine.max_model_len=48"], "leaves no room for a prompt"),
+            (["label.pairing={name='gold_vs_generated'}"], "looks at no score"),
+            (["label.pairing={name='improver_vs_initial'}"], "needs the stage improve"),
+            (["label.judge.checker=exact"], "needs reference answers"),
+            (["evaluate.judge={name='self_consistency'}"], "cannot score held-out answers"),
+            (["generate.n=1"], "at least two answers"),
+            (["engine.max_model_len=99999"], "but the model has"),
+            (["generate.sampling.temperature=0.0"], "the same answer again and again"),
+        ],
+    )
+    def test_settings_that_do_not_fit_together(self, settings, says):
+        refused(selfimprove("iterate", *(a for s in settings for a in ("--set", s))), 1, says)
+
+    def test_a_seed_that_is_held_out(self):
+        Path("seeds.jsonl").write_text(
+            '{"prompt": "Sort: b a.", "completion": "a b"}\n{"prompt": "Sort: d c.", "completion": "c d"}\n'
+        )
+        Path("heldout.jsonl").write_text('{"prompt": "sort d, c"}\n{"prompt": "Sort: f e."}\n')
+        told = selfimprove("iterate", "--set", "data.seeds=seeds.jsonl", "--set", "data.heldout=heldout.jsonl")
+        refused(told, 1, "1 prompts of data.seeds stand in data.heldout too, the first is 'seed-00001'")
+
+    def test_a_seed_longer_than_the_context(self):
+        row = json.dumps({"id": "long", "prompt": "Sort: b a.", "completion": "a b " * 100_000})
+        Path("seeds.jsonl").write_text(row + '\n{"prompt": "Sort: d c.", "completion": "c d"}\n')
+        told = selfimprove("iterate", "--set", "data.seeds=seeds.jsonl")
+        refused(told, 1, "seed 'long' has ", "tokens, engine.max_model_len is 256")
+
+    def test_a_chat_template_that_is_no_template(self, model):
+        config = json.loads((model / "tokenizer_config.json").read_text()) | {"chat_template": "{% for"}
+        (model / "chat_template.jinja").unlink(missing_ok=True)
+        (model / "tokenizer_config.json").write_text(json.dumps(config))
+        refused(selfimprove("iterate", "--model", "model", "--rounds", "1"), 1, "chat template fails")
+
+    def test_a_report_that_cannot_be_written(self):
+        assert selfimprove("report", "none", "--out", "missing/x.html").code == 1
+
+    @pytest.mark.parametrize("rounds", ["0", "-1", "two"])
+    def test_rounds_below_one(self, rounds):
+        refused(selfimprove("iterate", "--rounds", rounds), 2, "--rounds")
+
+    @pytest.mark.parametrize("name", ["a/b", "../x", ".hidden", "a b"])
+    def test_a_run_name_that_could_leave_the_folder(self, name):
+        refused(selfimprove("iterate", "--run", name), 2, "cannot be a run's name")
+
+    def test_an_unknown_option_and_an_unknown_command(self):
+        assert selfimprove("iterate", "--round", "2").code == 2
+        assert selfimprove("itterate").code == 2
+
+    @pytest.mark.parametrize("command", ["resume", "status", "inspect", "verify", "report"])
+    def test_no_such_run(self, command):
+        refused(selfimprove(command, "nothing"), 1, "no run 'nothing'", "runs here: none")
+
+
+def test_the_same_run_under_another_recipe_is_refused(fake_run):
+    result = selfimprove("iterate", "--run", "fake", "--rounds", "2", "--engine", "fake", *SMALL, "--seed", "9")
+    assert result.code == 1
+    assert "run 'fake' exists with another recipe: seed 0 -> 9" in result.err
+    assert "--run ANOTHER_NAME" in result.err
+
+
+def test_help_answers_at_once_and_without_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "selfimprove.cli", "--help"]
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        times.append(time.monotonic() - began)
+    assert "iterate" in ended.stdout
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "pyarrow", "vllm", "pydantic", "scipy"}
+    assert min(times) < 0.5
+
+
+def test_plan_of_a_recipe_that_was_not_run_yet(in_tmp):
+    planned = json.loads(selfimprove("plan", "synpo", "--json").out)
+    assert len(planned) == 3 + 4 * 6
+    assert {entry["plan"] for entry in planned} == {"to do"}
+    assert not Path("runs").exists()
+
+
+def test_version_and_recipes():
+    assert selfimprove("--version").out.startswith("selfimprove 0.")
+    listed = json.loads(selfimprove("recipes", "--json").out)
+    assert {"default", "synpo", "spin"} <= {entry["name"] for entry in listed}
+    assert all(entry["about"] for entry in listed)
+
+
+def test_every_command_has_help():
+    for command in ("iterate", "resume", "plan", "status", "inspect", "verify", "report", "recipes", "doctor", "demo"):
+        assert selfimprove(command, "--help").code == 0

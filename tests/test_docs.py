@@ -1,0 +1,56 @@
+"""Documents are executed or generated: the tutorial runs, the command line page is the program's own."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from selfimprove.store import Manifest
+from tests.conftest import selfimprove
+from tests.paths import ROOT
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [block.strip() for block in blocks]
+
+
+def test_the_tutorial_runs_as_it_is_written(in_tmp, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    blocks = commands(ROOT / "docs" / "tutorial.md")
+    assert len(blocks) >= 6
+    for block in blocks:
+        ended = subprocess.run(["bash", "-ec", block], capture_output=True, text=True)
+        assert ended.returncode == 0, f"{block}\n{ended.stdout}\n{ended.stderr}"
+    assert (in_tmp / "runs/first/report.html").is_file()
+    assert (in_tmp / "runs/first/iter-002/5-evaluate/scores.json").is_file()
+    assert (in_tmp / "runs/trial").is_dir()
+
+
+def test_the_command_line_page_is_what_the_program_says():
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == module.text(), "run `make docs`"
+
+
+def test_every_recipe_and_command_of_the_readme_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \|", readme, re.MULTILINE)
+    assert set(table) == {path.stem for path in (ROOT / "pipelines").glob("*.toml")}
+    for command in re.findall(r"^selfimprove (\w+)", readme, re.MULTILINE):
+        assert selfimprove(command, "--help").code == 0
+    for link in re.findall(r"\]\(([^)#h][^)]*)\)", readme):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_artifacts_page_names_every_field_of_the_manifest():
+    page = (ROOT / "docs" / "artifacts.md").read_text(encoding="utf-8")
+    for field in Manifest.model_fields:
+        assert f"`{field}`" in page, field
+
+
+def test_make_help_lists_the_targets():
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"setup", "demo", "test", "docs"} <= {line.split()[0] for line in told.splitlines()}

@@ -1,0 +1,79 @@
+"""Recipes are strict, complete on one page, and say what is wrong with them."""
+
+import pytest
+
+from selfimprove import recipe
+from selfimprove.errors import UsageError, UserError
+
+DEFAULT = recipe.find("default")
+SHIPPED = sorted(recipe.shipped("pipelines").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipes_load_survive_a_round_trip_and_say_what_they_are(path, tmp_path):
+    loaded = recipe.load(path)
+    assert loaded.name == path.stem
+    copy = tmp_path / "copy.toml"
+    copy.write_text(recipe.dump(loaded))
+    assert recipe.load(copy) == loaded
+    header = path.read_text().split("\n\n")[0]
+    assert header.startswith(f"# {path.stem}: ")
+    assert "selfimprove iterate" in header
+
+
+def test_settings_override_any_key():
+    changed = recipe.load(DEFAULT, ["train.optimizer.epochs=5", "model.path=some/where", "train.loss.beta=4"])
+    assert changed.train.optimizer.epochs == 5
+    assert changed.model.path == "some/where"
+    assert changed.train.loss.model_extra["beta"] == 4
+    assert changed.train.loss.model_extra["gamma"] == recipe.load(DEFAULT).train.loss.model_extra["gamma"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("train.optimizer.epochs=0", "train.optimizer.epochs: input should be greater than or equal to 1"),
+        ("train.optimizer.epochs=two", "train.optimizer.epochs: input should be a valid integer"),
+        ("train.optimizer.epoch=2", "train.optimizer.epoch: unknown key"),
+        ("generate.n=true", "generate.n"),
+        ("sythesize.n=3", "sythesize: unknown key"),
+        ("genrate.n=3", "genrate: unknown key"),
+        ("engine.kind=sglang", "engine.kind"),
+        ('stages=["train","generate"]', "stages must stand once each in the order"),
+        ('stages=["generate","label","train","evaluate"]', "stage 'synthesize' and section"),
+        ("name=../x", "name"),
+    ],
+)
+def test_what_is_wrong_is_named_with_a_hint(setting, says):
+    with pytest.raises(UserError, match=r"recipe default\.toml") as raised:
+        recipe.load(DEFAULT, [setting])
+    assert says in raised.value.message
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize("setting", ["rounds", "=3", "a..b=1", "rounds.x.y=3"])
+def test_a_setting_that_is_no_setting_is_a_usage_error(setting):
+    with pytest.raises((UsageError, UserError)):
+        recipe.load(DEFAULT, [setting])
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"name = ", b"x" * 100, b"name = 3"])
+def test_rubbish_is_one_sentence(tmp_path, content):
+    file = tmp_path / "r.toml"
+    file.write_bytes(content)
+    with pytest.raises(UserError):
+        recipe.load(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        recipe.load(tmp_path / "none.toml")
+
+
+def test_differences_leave_out_how_and_how_long():
+    old = recipe.load(DEFAULT)
+    assert recipe.differences(old, recipe.load(DEFAULT, ["rounds=9", "machine.threads=2"])) == []
+    assert recipe.differences(old, recipe.load(DEFAULT, ["seed=3"])) == ["seed 0 -> 3"]
+
+
+def test_an_unknown_recipe_names_the_known_ones():
+    with pytest.raises(UserError) as raised:
+        recipe.find("sinpo")
+    assert "synpo" in raised.value.hint
