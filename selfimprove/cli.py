@@ -315,6 +315,8 @@ def main() -> NoReturn:
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:  # a full disk, a missing folder, no permission: the machine's, not ours
         print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         print("\nhint: check the path, its permissions and the free space (df -h .)", file=sys.stderr)

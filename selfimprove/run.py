@@ -19,6 +19,7 @@ from selfimprove import recipe
 from selfimprove.engine import open_engine
 from selfimprove.engine.protocol import Engine
 from selfimprove.errors import UsageError, UserError
+from selfimprove.interrupts import Interrupts
 from selfimprove.models import is_hub_id, locate_model
 from selfimprove.plan import BASE, INITIAL, Sources, Step, examine, ingredients_of, steps, upstream
 from selfimprove.preflight import check
@@ -40,6 +41,9 @@ class Display(Protocol):
 
     def finished(self, step: Step, manifest: Manifest, scores: dict[str, Any] | None) -> None:
         """A stage is published."""
+
+    def stopping(self) -> None:
+        """The user asked to stop; the run ends at its next safe point."""
 
 
 class Outcome(NamedTuple):
@@ -105,13 +109,14 @@ def iterate(run: Run, chosen: Recipe, display: Display, command: list[str]) -> O
         longest = chosen.model_copy(update={"rounds": max(known.rounds, chosen.rounds)})
         if longest != known:  # more rounds, or other machine settings
             write_atomically(run.recipe_file, recipe.dump(longest))
-        with _engine(run, chosen) as engine:
+        with Interrupts(display.stopping) as interrupts, _engine(run, chosen) as engine:
             for number, examined in enumerate(todo, 1):
                 step = examined.step
                 display.started(step, number, len(todo))
                 try:
+                    interrupts.check()
                     run.write_state("running", step.iteration, step.name)
-                    manifest = execute(run, chosen, step, engine, display)
+                    manifest = execute(run, chosen, step, engine, display, interrupts)
                 except BaseException as error:
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                     with contextlib.suppress(OSError):  # on a full disk even this may fail
@@ -131,8 +136,15 @@ def iterate(run: Run, chosen: Recipe, display: Display, command: list[str]) -> O
     return Outcome(len(todo), time.monotonic() - began)
 
 
-def execute(run: Run, chosen: Recipe, step: Step, engine: Callable[[], Engine], display: Display) -> Manifest:
+def execute(
+    run: Run, chosen: Recipe, step: Step, engine: Callable[[], Engine], display: Display, interrupts: Interrupts
+) -> Manifest:
     """Run one stage and publish its artifact; what it wrote is gone when it fails."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        interrupts.check()
+        display.progress(what, done, total)
+
     sources = Sources(run, chosen)
     ingredients = ingredients_of(step, chosen, sources)
     if ingredients is None:
@@ -149,9 +161,10 @@ def execute(run: Run, chosen: Recipe, step: Step, engine: Callable[[], Engine], 
         identities=ingredients["models"],
         out=out,
         open_engine=engine,
-        progress=display.progress,
+        progress=progress,
     )
     try:
+        out.begin()
         step.stage.run(io, step.section)
         return out.publish(step.iteration, step.name, ingredients, environment())
     except BaseException:

@@ -194,14 +194,17 @@ class Artifact:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.partial = directory.with_name(directory.name + ".partial")
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
         self.started = time.monotonic()
         self.rows: Rows | None = None
         self.metrics: dict[str, Any] = {}
         self.tokens = 0
         self.quarantined: list[Quarantined] = []
+
+    def begin(self) -> None:
+        """Make an empty directory to write into; whatever a killed process left there goes."""
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
 
     def path(self, name: str) -> Path:
         """Where a file or directory of this artifact is to be written."""

@@ -24,6 +24,7 @@ def poison(run, iteration: str, name: str, record: type) -> None:
     rows = store.read_rows(directory, name, record)
     poisoned = [dataclasses.replace(row, text=HOSTILE) for row in rows]
     artifact = store.Artifact(directory.with_name("poison"))
+    artifact.begin()
     artifact.write_rows(name, record, poisoned)
     artifact.path(f"{name}-00000.parquet").replace(directory / f"{name}-00000.parquet")
     artifact.discard()

@@ -111,12 +111,13 @@ class TestResume:
         assert not list(broken.glob("iter-*/*.partial"))
         assert selfimprove("verify", "broken").code == 0
 
-    def test_ctrl_c_ends_with_130_leaves_nothing_half_written_and_says_how_to_go_on(self, tiny_data):
+    @pytest.mark.parametrize("delay", [0, 0.001, 0.1])  # at once: while the stage is only being set up
+    def test_ctrl_c_ends_with_130_leaves_nothing_half_written_and_says_how_to_go_on(self, tiny_data, delay):
         process = program("iterate", "--run", "stopped", *TINY)
         run = Path("runs/stopped")
         while not (run / "iter-000/2-control.partial").exists():
             assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
+        time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
         assert process.returncode == 130

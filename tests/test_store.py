@@ -30,6 +30,7 @@ PAIR = records.Pair(
 
 def publish(directory, rows=(PAIR,)):
     artifact = store.Artifact(directory)
+    artifact.begin()
     artifact.write_rows("pairs", records.Pair, rows)
     artifact.quarantine("q", "why", "because")
     artifact.contract("pair", len(rows) + 1, len(rows))
@@ -60,6 +61,7 @@ def test_shards_split_and_join(tmp_path, monkeypatch):
 
 def test_nothing_is_published_before_the_manifest_is_written(tmp_path):
     artifact = store.Artifact(tmp_path / "x")
+    artifact.begin()
     artifact.write_rows("pairs", records.Pair, [PAIR])
     assert not (tmp_path / "x").exists()
     assert store.read_manifest(tmp_path / "x") is None
@@ -69,6 +71,7 @@ def test_nothing_is_published_before_the_manifest_is_written(tmp_path):
 
 def test_a_lost_row_is_an_error(tmp_path):
     artifact = store.Artifact(tmp_path / "x")
+    artifact.begin()
     artifact.quarantine("a", "bad")
     with pytest.raises(pydantic.ValidationError, match=r"1 pair\(s\) neither came out nor were quarantined"):
         artifact.contract("pair", 3, 1)

@@ -72,6 +72,10 @@ class Watcher:
             left = (now - first) * (total - done) / max(1, done)
             self.console.print(f"  {self._where} {what}: {done}/{total} {rate}, {left:.0f} s left", highlight=False)
 
+    def stopping(self) -> None:
+        """See run.Display."""
+        self.console.print("stopping at the next safe point; Ctrl-C again stops at once", highlight=False)
+
     def finished(self, step: Step, manifest: Manifest, scores: dict[str, Any] | None) -> None:
         """See run.Display."""
         rows = manifest.rows
