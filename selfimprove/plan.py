@@ -30,7 +30,10 @@ INITIAL = "initial"  # the source name of the model a run starts from
 
 
 class Step(NamedTuple):
-    """One stage of one iteration. Sources are `file:NAME`, `initial`, or `iter-001/1-synthesize[/SUBDIRECTORY]`."""
+    """One stage of one iteration.
+
+    Sources are `file:NAME`, `model:NAME`, `initial`, or `iter-001/1-synthesize[/SUBDIRECTORY]`.
+    """
 
     iteration: int
     name: str  # of its directory, "2-generate"
@@ -94,9 +97,11 @@ def steps(recipe: Recipe) -> Iterator[Step]:
 
         first = {"current": t, "previous_and_current": max(1, t - 1), "all": 1}[recipe.train.pairs]
         pairs = {f"pairs-{k}": at(k, "label") for k in range(first, t + 1)}
-        trained = {"start": models[recipe.train.start]}
-        if recipe.train.reference:
-            trained["reference"] = models[recipe.train.reference]
+        known = {"initial": initial, "previous": current, "path": f"model:{recipe.train.reference_path}"}
+        trained = {"start": known[recipe.train.start]}
+        trained |= {name: known[name] for name in recipe.train.references if name != "ema"}
+        if recipe.train.chunks:  # their order is by what the initial model finds easy
+            trained["initial"] = initial
         yield Step(t, place["train"], train, recipe.train, pairs, trained, False)
 
         compared = {"base": base} | ({"previous": at(t - 1, "evaluate")} if t > 1 else {})
@@ -130,6 +135,8 @@ class Sources:
         """The file or directory of a source."""
         if source == INITIAL:
             return locate_model(self.recipe.model.path, self.run.about().get("revision"))
+        if source.startswith("model:"):
+            return locate_model(source.removeprefix("model:"))
         if source.startswith("file:"):
             name = source.removeprefix("file:")
             return data.locate(self._files[name], name)
@@ -137,7 +144,7 @@ class Sources:
 
     def digest(self, source: str) -> str | None:
         """Content hash of a source; None while it is not published, or when it is gone."""
-        if source == INITIAL or source.startswith("file:"):
+        if source == INITIAL or source.startswith(("file:", "model:")):
             if source not in self._digests:
                 try:
                     self._digests[source] = remembered_digest(self.run, self.path(source))

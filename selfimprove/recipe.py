@@ -92,15 +92,29 @@ class Sampling(Section):
     stop: list[str] = []
 
 
+class Adapter(Section):
+    """LoRA (arXiv 2106.09685), or QLoRA (arXiv 2305.14314) with `quantize`; merged in full precision at the end."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    target_modules: list[str] | None = None  # unset = every linear layer but the head
+    quantize: Literal["nf4"] | None = None
+
+
 class Optimizer(Section):
-    """One pass of training: AdamW, linear decay after warm-up."""
+    """One pass of training with AdamW; schedulers are those of transformers, after a linear warm-up."""
 
     learning_rate: float = Field(gt=0)
     epochs: int = Field(1, ge=1)
-    batch_size: int = Field(32, ge=1)  # pairs or examples per optimiser step
+    batch_size: int = Field(32, ge=1)  # pairs or examples per optimiser step, of all processes together
+    scheduler: Literal["linear", "cosine", "constant_with_warmup", "inverse_sqrt"] = "linear"
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and moments stay float32
+    adapter: Adapter | None = None  # unset = full fine-tuning
+    max_length: int | None = Field(None, ge=2)  # tokens of prompt + answer; longer rows are dropped and counted
+    max_dropped_share: float = Field(0.01, ge=0, le=1)  # a larger share of dropped rows is an error
 
 
 class Synthesize(Section):
@@ -136,14 +150,76 @@ class Label(Section):
     quota: int | None = Field(None, ge=1)  # pairs kept per iteration
 
 
+class Sync(Section):
+    """TR-DPO (arXiv 2404.09656): every `steps`, reference <- alpha * policy + (1 - alpha) * reference."""
+
+    alpha: float = Field(0.6, gt=0, le=1)
+    steps: int = Field(512, ge=1)
+
+
+class Chunks(Section):
+    """sDPO (arXiv 2403.19270): steps inside one stage, each from and against the policy of the step before."""
+
+    number: int = Field(2, ge=2)
+    order: Literal["easy_to_hard", "random", "given"] = "easy_to_hard"  # easy: M_0 prefers the chosen answer clearly
+
+
+class Noise(Section):
+    """DNPO's noise on the reference's logits of the rejected answer (arXiv 2502.05400), or one of its two controls."""
+
+    kind: Literal["trainable", "fixed_sigma", "constant_margin"] = "trainable"
+    scale: float = Field(0.5, gt=0)  # c, sigma where the net says nothing
+    alpha: float = Field(1.0, ge=0)  # weight of the mean sigma
+    bound: float = Field(4.0, gt=0)  # largest sigma
+    learning_rate: float | None = Field(None, gt=0)  # of the noise net; unset = the policy's
+    sigma: float = Field(0.5, ge=0)  # fixed_sigma
+    margin: float = Field(1.0, ge=0)  # constant_margin, in nats
+
+
+ReferenceName = Literal["initial", "previous", "ema", "path"]
+
+
 class Train(Section):
     """Preference training of this iteration's policy."""
 
-    loss: Choice
-    reference: Literal["initial", "current"] | None = None  # "current" = the policy the iteration starts with
-    start: Literal["initial", "current"] = "current"
+    loss: Choice | list[Choice]  # a list is a convex mix, each with its `weight`
+    reference: ReferenceName | list[ReferenceName] | None = None  # "previous" = the policy the iteration starts with
+    reference_path: str | None = None  # of the reference "path": a directory or hub id
+    reference_sync: Sync | None = None
+    start: Literal["initial", "previous"] = "previous"
     pairs: Literal["current", "previous_and_current", "all"] = "current"  # of which iterations
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # of the average that the reference "ema" is
+    chunks: Chunks | None = None
+    noise: Noise | None = None
+    extrapolate: float | None = Field(None, gt=0)  # ExPO (arXiv 2404.16792): theta + alpha * (theta - start)
     optimizer: Optimizer
+
+    @property
+    def references(self) -> tuple[ReferenceName, ...]:
+        """The reference policies by name, in order."""
+        given = self.reference
+        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+    @pydantic.model_validator(mode="after")
+    def _settings_have_what_they_need(self) -> Self:
+        for wrong, sentence in [
+            (
+                ("path" in self.references) != (self.reference_path is not None),
+                "reference 'path' and reference_path go together",
+            ),
+            (("ema" in self.references) != (self.ema_decay is not None), "reference 'ema' and ema_decay go together"),
+            (self.reference_sync and not self.references, "reference_sync needs a reference"),
+            (self.reference_sync and "ema" in self.references, "reference_sync would overwrite the reference 'ema'"),
+            (self.chunks and self.references != ("previous",), "chunks need reference = 'previous', as sDPO has it"),
+            (self.chunks and (self.reference_sync or self.noise), "chunks go with neither reference_sync nor noise"),
+            (self.noise and len(self.references) != 1, "noise needs exactly one reference"),
+            (self.noise and self.reference_sync, "noise needs a reference that stays; drop reference_sync"),
+            (self.noise and "ema" in self.references, "noise needs a reference that stays, 'ema' moves"),
+            (len(set(self.references)) != len(self.references), "a reference stands twice"),
+        ]:
+            if wrong:
+                raise ValueError(sentence)
+        return self
 
 
 class Evaluate(Section):
@@ -175,8 +251,14 @@ class Machine(Section):
     kv_cache_gib: int = Field(1, ge=1)  # vLLM on CPU
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)  # vLLM on GPU
     max_num_seqs: int = Field(256, ge=1)
-    threads: int | None = Field(None, ge=1)  # CPU threads of engine and training; unset = all
-    train_rows: int = Field(64, ge=1)  # sequences per forward pass
+    threads: int | None = Field(None, ge=1)  # CPU threads of engine and of each training process; unset = all
+    train_tokens: int = Field(8192, ge=1)  # tokens per forward and backward pass of training
+    logits_mib: int = Field(256, ge=1)  # largest (tokens, vocabulary) tensor of training
+    gradient_checkpointing: bool = False
+    num_processes: int = Field(1, ge=1)  # of training
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    checkpoint_steps: int = Field(100, ge=1)  # optimiser steps between training checkpoints
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
 
 
 class Recipe(Section):

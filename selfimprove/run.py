@@ -27,7 +27,7 @@ from selfimprove.recipe import Recipe
 from selfimprove.stages import evaluate
 from selfimprove.stages.io import StageIO
 from selfimprove.status import read_scores
-from selfimprove.store import Artifact, Manifest, Run, write_atomically
+from selfimprove.store import Artifact, Manifest, Run, key_of, write_atomically
 
 
 class Display(Protocol):
@@ -160,16 +160,22 @@ def execute(
         models={name: sources.path(source) for name, source in step.models.items()},
         identities=ingredients["models"],
         out=out,
+        scratch=run.path / "scratch" / key_of(ingredients)[:32],
+        cache=run.path / "cache",
         open_engine=engine,
         progress=progress,
     )
     try:
         out.begin()
         step.stage.run(io, step.section)
-        return out.publish(step.iteration, step.name, ingredients, environment())
+        manifest = out.publish(step.iteration, step.name, ingredients, environment())
     except BaseException:
         out.discard()
         raise
+    shutil.rmtree(io.scratch, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another stage's leftovers keep it
+        io.scratch.parent.rmdir()
+    return manifest
 
 
 def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:

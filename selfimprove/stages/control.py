@@ -2,7 +2,7 @@
 
 from selfimprove import data, recipe
 from selfimprove.stages.io import StageIO
-from selfimprove.training.job import Row
+from selfimprove.training.job import example
 
 VERSION = 1
 TEMPLATES: tuple[str, ...] = ()
@@ -11,10 +11,10 @@ POLICY = "policy"
 
 def run(io: StageIO, section: recipe.Control) -> None:
     """Write policy/ and metrics.jsonl."""
-    from selfimprove.training.trainer import train_sft
-
     seeds = data.read_seeds(io.inputs["seeds"])
-    examples = [Row(io.chat.prompt_ids(s.prompt), io.chat.completion_ids(s.prompt, s.completion)) for s in seeds]
-    job = io.training("training the control", io.models["initial"], POLICY, section.optimizer)
-    io.out.metrics |= train_sft(job, examples)
-    io.out.contract("seed", len(seeds), len(examples))
+    rows = [
+        example(s.prompt_id, io.chat.prompt_ids(s.prompt), io.chat.completion_ids(s.prompt, s.completion))
+        for s in seeds
+    ]
+    io.train("training the control", rows, "initial", POLICY, section.optimizer)
+    io.out.contract("seed", len(seeds), len(seeds) - len(io.out.quarantined))

@@ -12,7 +12,7 @@ from selfimprove.judges import Candidate, verifier
 from selfimprove.records import Generation, Seed
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import read_rows
-from selfimprove.training.job import Row
+from selfimprove.training.job import example
 
 VERSION = 1
 TEMPLATES = ("improve",)
@@ -66,18 +66,14 @@ def train_improver(io: StageIO, section: recipe.Improve, seeds: list[Seed], own:
         if opinion.score is not None and 1.0 - opinion.score > section.min_gap:
             request = chat.render("improve", {"question": row.prompt, "answer": row.text})
             target = io.chat.completion_ids(request, golds[row.prompt_id])
-            examples.append(Row(io.chat.prompt_ids(request), target))
+            examples.append(example(row.prompt_id, io.chat.prompt_ids(request), target))
     io.out.metrics["improver examples"] = len(examples)
     if not examples:
         raise UserError(
             "no gold beats the policy's own answer by more than improve.min_gap: the improver has nothing to learn",
             "lower improve.min_gap, or add harder seeds",
         )
-    from selfimprove.training.trainer import train_sft
-
-    job = io.training("training the response improver", io.models["initial"], IMPROVER, section.improver)
-    io.out.metrics["improver loss"] = train_sft(job, examples)["loss"]
-    return job.out
+    return io.train("training the response improver", examples, "initial", IMPROVER, section.improver)
 
 
 def _asked(row: Generation, prompt: str, prompt_token_ids: list[int]) -> Generation:

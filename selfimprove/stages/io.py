@@ -11,7 +11,9 @@ from selfimprove.chat import Chat
 from selfimprove.engine.protocol import Engine, Request, Sampling
 from selfimprove.records import Generation
 from selfimprove.store import Artifact, model_identity, row_seed
-from selfimprove.training.job import Job
+from selfimprove.training.job import Job, PairRow, Weights
+
+MEASURED = frozenset({"tokens_per_second", "peak_memory_mib"})  # they differ from run to run
 
 
 class Ask(NamedTuple):
@@ -35,6 +37,8 @@ class StageIO:
     models: Mapping[str, Path]
     identities: Mapping[str, str]  # of the models, by the same names
     out: Artifact
+    scratch: Path  # of this very artifact; what a killed process left there is this artifact's and no other's
+    cache: Path  # reference log-probs of the run, by content
     open_engine: Callable[[], Engine]
     progress: Callable[[str, int, int], None]  # what, done, total
 
@@ -95,15 +99,51 @@ class StageIO:
         self.out.tokens += sum(len(row.token_ids) for row in rows)
         return rows
 
-    def training(self, what: str, start: Path, out: str, optimizer: recipe.Optimizer) -> Job:
-        """A training job that writes `out`/ and its metrics; the engine gives the device's memory back."""
+    def train(
+        self,
+        what: str,
+        rows: Sequence[PairRow],
+        start: str,
+        out: str,
+        optimizer: recipe.Optimizer,
+        preference: recipe.Train | None = None,
+    ) -> Path:
+        """Train the model called `start` on the rows and write `out`/ and its metrics; returns where.
+
+        Rows that cannot be trained on are quarantined. The engine gives the device's memory back before.
+        """
+        from selfimprove.training import launch
+        from selfimprove.training.rows import admit
+
+        before = len(self.out.quarantined)
+        bos = self.chat.tokenizer.bos_token_id
+        kept = admit(rows, optimizer, self.chat.stop_token_ids, bos, self.out.quarantine)
+        self.out.metrics[f"{out} rows"] = len(kept)
+        self.out.metrics[f"{out} rows dropped"] = len(self.out.quarantined) - before
         self.open_engine().sleep()
-        return Job(
-            start=start,
+        job = Job(
+            rows=kept,
+            start=self._weights(start),
             out=self.out.path(out),
             metrics=self.out.path("metrics.jsonl" if out == "policy" else f"{out}-metrics.jsonl"),
+            scratch=self.scratch / out,
+            cache=self.cache,
             optimizer=optimizer,
             machine=self.machine,
             seed=self.row_seed(out),
             progress=lambda done, total: self.progress(what, done, total),
+            preference=preference,
+            references={name: self._weights(name) for name in self.models if name != "start"},
+            name=f"{self.iteration}-{self.stage}-{out}",
         )
+        last = launch.train(job)
+        if preference is None:
+            self.out.metrics[f"{out} loss"] = last["loss"]
+        else:
+            self.out.metrics |= {name: value for name, value in last.items() if name not in MEASURED}
+        passes = optimizer.epochs
+        self.out.tokens += passes * sum(len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in kept)
+        return job.out
+
+    def _weights(self, name: str) -> Weights:
+        return Weights(self.models[name], self.identities[name])

@@ -12,7 +12,7 @@ from selfimprove.errors import UserError
 from selfimprove.records import Prompt, Seed
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import read_rows
-from selfimprove.training.job import Row
+from selfimprove.training.job import example
 
 VERSION = 1
 TEMPLATES = ("synthesize", "synthesize_answer")
@@ -67,13 +67,10 @@ def train_generator(io: StageIO, section: recipe.Synthesize, seeds: list[Seed]) 
             continue  # fewer than two content words: no example can be made; counted below
         request = chat.render("synthesize", {"keywords": words})
         target = chat.render("synthesize_answer", {"question": seed.prompt, "solution": seed.completion})
-        examples.append(Row(io.chat.prompt_ids(request), io.chat.completion_ids(request, target)))
+        ids = io.chat.prompt_ids(request), io.chat.completion_ids(request, target)
+        examples.append(example(seed.prompt_id, *ids))
     if not examples:
         raise UserError("no seed prompt has two keywords", "give data.seeds longer prompts")
     io.out.metrics["generator examples"] = len(examples)
     io.out.metrics["seeds without two keywords"] = len(seeds) - len(examples)
-    from selfimprove.training.trainer import train_sft
-
-    job = io.training("training the prompt generator", io.models["initial"], GENERATOR, section.generator)
-    io.out.metrics["generator loss"] = train_sft(job, examples)["loss"]
-    return job.out
+    return io.train("training the prompt generator", examples, "initial", GENERATOR, section.generator)

@@ -1,168 +1,346 @@
-"""The training loop: preference losses and SFT, one optimiser, one way to save.
-
-The gradient of an optimiser step does not depend on how its batch is split into forward passes: every part is
-divided by the size of the whole batch.
-"""
+"""The training loop: load, check, optimiser steps, checkpoints, a plain model directory at the end."""
 
 import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors
 import torch
 import transformers
 
+from selfimprove import recipe
 from selfimprove.engine import canary
 from selfimprove.errors import UserError
-from selfimprove.recipe import Machine, Optimizer
 from selfimprove.store import model_files
-from selfimprove.training.job import Job, PairRow, Row
-from selfimprove.training.logps import sequence_logps
-from selfimprove.training.losses import Loss, Quantities, reward_margins
+from selfimprove.training import adapters, checkpoint, distributed, losses, references, weights
+from selfimprove.training.distributed import World
+from selfimprove.training.job import Job, PairRow, Weights
+from selfimprove.training.learner import Learner
+from selfimprove.training.logps import Mode, Scorer, choose_mode
+from selfimprove.training.losses import Bound
+from selfimprove.training.packing import size, trees_of
+from selfimprove.training.player import Player
+from selfimprove.training.references import Cached, Live, Reference
+from selfimprove.training.trackers import open_trackers
 
-T = TypeVar("T")
-
-
-class TrainingFailed(UserError):
-    """The loss or a gradient was not finite; nothing was saved."""
-
-
-def train_preference(
-    job: Job, pairs: Sequence[PairRow], loss: Loss, beta: float, reference: Path | None
-) -> dict[str, float]:
-    """Optimise a preference loss from `job.start`; returns the last step's metrics. `beta` scales the shown rewards.
-
-    Raises:
-        TrainingFailed: non-finite loss or gradient; names the pairs of the step.
-    """
-    _prepare(job)
-    reference_logps = _reference_logps(reference, pairs, job.machine) if reference else None
-    model = _load(job.start)
-
-    def forward(indices: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        chosen, rejected = zip(*(pairs[i].rows() for i in indices), strict=True)
-        logps = sequence_logps(model, [*chosen, *rejected])
-        policy_chosen, policy_rejected = logps.chunk(2)
-        known = reference_logps[:, indices].to(model.device) if reference_logps is not None else (None, None)
-        q = Quantities(
-            policy_chosen_logps=policy_chosen,
-            policy_rejected_logps=policy_rejected,
-            reference_chosen_logps=known[0],
-            reference_rejected_logps=known[1],
-            chosen_tokens=torch.tensor([len(r.completion_ids) for r in chosen], device=model.device),
-            rejected_tokens=torch.tensor([len(r.completion_ids) for r in rejected], device=model.device),
-        )
-        better, worse = (beta * reward for reward in reward_margins(q))
-        return loss(q), {
-            "rewards/chosen": better,
-            "rewards/rejected": worse,
-            "rewards/margins": better - worse,
-            "rewards/accuracies": (better > worse).float(),
-            "logps/chosen": q.policy_chosen_logps.detach(),
-            "logps/rejected": q.policy_rejected_logps.detach(),
-        }
-
-    return _fit(job, model, forward, [pair.pair_id for pair in pairs], max(1, job.machine.train_rows // 2))
+SAMPLE = 3  # trees of the run's rows on which the packed forward is compared with the plain one
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def train_sft(job: Job, examples: Sequence[Row]) -> dict[str, float]:
-    """Supervised fine-tuning on completions: mean negative log-likelihood per token, one weight per example.
+def fit(job: Job, world: World) -> dict[str, float]:
+    """Train as one of the processes of `world`; returns the last step's metrics.
 
     Raises:
-        TrainingFailed: non-finite loss or gradient.
+        TrainingFailed: loss or gradient not finite; names the pairs of the step.
+        UserError: memory ran out, and which knob makes it last.
     """
-    _prepare(job)
-    model = _load(job.start)
-
-    def forward(indices: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        rows = [examples[i] for i in indices]
-        logps = sequence_logps(model, rows)
-        return -logps / torch.tensor([len(r.completion_ids) for r in rows], device=model.device), {}
-
-    return _fit(job, model, forward, [str(i) for i in range(len(examples))], job.machine.train_rows)
-
-
-def _fit(
-    job: Job,
-    model: Any,
-    forward: Callable[[list[int]], tuple[torch.Tensor, dict[str, torch.Tensor]]],
-    names: Sequence[str],
-    rows_per_forward: int,
-) -> dict[str, float]:
-    settings = job.optimizer
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    batches = list(_batches(len(names), settings, job.seed))
-    warmup = round(settings.warmup_ratio * len(batches))
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup, len(batches))
-    model.eval()  # dropout off: the policy must equal its reference at the first step
-    shown: dict[str, float] = {}
-    with job.metrics.open("w", encoding="utf-8") as log:
-        for step, batch in enumerate(batches, 1):
-            sums: dict[str, float] = {}
-            for part in _chunks(batch, rows_per_forward):
-                losses, extra = forward(part)
-                (losses.sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
-                for name, value in {"loss": losses.detach(), **extra}.items():
-                    sums[name] = sums.get(name, 0.0) + value.double().sum().item()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
-            shown = {name: value / len(batch) for name, value in sums.items()}
-            if not (torch.tensor([shown["loss"], norm]).isfinite().all()):
-                rows = ", ".join(names[i] for i in batch)
-                raise TrainingFailed(
-                    f"loss or gradient not finite at step {step}, in the batch of {rows}",
-                    "a smaller learning_rate or beta; selfimprove inspect shows these pairs",
-                )
-            rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            log.write(json.dumps({"step": step, **shown, "grad_norm": norm, "learning_rate": rate}) + "\n")
-            job.progress(step, len(batches))
-    _save(model, job)
-    return shown
-
-
-def _batches(count: int, settings: Optimizer, seed: int) -> Iterator[list[int]]:
-    for epoch in range(settings.epochs):
-        order = list(range(count))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        yield from _chunks(order, settings.batch_size)
-
-
-def _chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])
-
-
-def _reference_logps(reference: Path, pairs: Sequence[PairRow], machine: Machine) -> torch.Tensor:
-    """Log-probs under the reference, shape (2, pairs): chosen, rejected."""
-    model = _load(reference).eval()
-    with torch.inference_mode():
-        parts = []
-        for chunk in _chunks(pairs, max(1, machine.train_rows // 2)):
-            chosen, rejected = zip(*(pair.rows() for pair in chunk), strict=True)
-            parts.append(torch.stack(sequence_logps(model, [*chosen, *rejected]).chunk(2)).cpu())
-    return torch.cat(parts, dim=1).clone()
-
-
-def _prepare(job: Job) -> None:
     torch.manual_seed(job.seed)
     if job.machine.threads is not None:
         torch.set_num_threads(job.machine.threads)
+    policy = _policy(job, world)
+    mode = _mode(job, policy)
+    module = _wrapped(policy, job, world)
+    shown: dict[str, float] = {}
+    resumed = checkpoint.latest(job.scratch)
+    at = checkpoint.read_progress(resumed) if resumed else {"chunk": 0, "steps_done": 0}
+    log = _Log(job, world, at.get("lines", 0), mode)
+    chunks = _chunks(job, mode, world)
+    try:
+        for number, rows in enumerate(chunks):
+            if number < at["chunk"]:
+                continue
+            batches = list(_batches(rows, job.optimizer, f"{job.seed}/{number}"))
+            learner = _learner(job, policy, module, rows, number, len(batches), world)
+            if resumed:
+                checkpoint.load(resumed, learner)
+                resumed = None
+            elif number == 0:
+                _probe(learner, batches)
+            else:  # the chunk's reference is the policy as it is now
+                checkpoint.save(job.scratch, learner, {"chunk": number, "lines": log.lines})
+            for step, batch in enumerate(batches[learner.steps_done :], learner.steps_done + 1):
+                shown = _step(learner, batch, first=step == 1)
+                log.write(shown | {"epoch": step * job.optimizer.epochs / len(batches)})
+                if step % job.machine.checkpoint_steps == 0 and step < len(batches):
+                    checkpoint.save(job.scratch, learner, {"chunk": number, "lines": log.lines})
+                log.progress(sum(len(c) for c in chunks[:number]), step, batches)
+    finally:
+        log.close()
+    _save(job, policy, module, world)
+    return shown
 
 
-def _load(directory: Path) -> Any:
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+def _policy(job: Job, world: World) -> Scorer:
+    adapter = job.optimizer.adapter
+    quantized = adapter is not None and adapter.quantize is not None
+    model = adapters.load_quantized(job.start.path) if quantized else _load(job.start.path, world)
+    if adapter:
+        adapters.attach(model, adapter)
+    _without_dropout(model)
+    if job.machine.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()  # else adapters alone leave nothing to differentiate at the first layer
+    return _scorer(model, job)
 
 
-def _save(model: Any, job: Job) -> None:
+def _load(directory: Path, world: World) -> Any:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.to(world.device)
+
+
+def _scorer(model: Any, job: Job) -> Scorer:
+    return Scorer(model, job.machine.logits_mib << 20, DTYPES[job.optimizer.dtype])
+
+
+def _frozen(directory: Path, job: Job, mode: Mode, world: World) -> Scorer:
+    """A reference: the same forward as the policy's, no gradient."""
+    scorer = _scorer(_load(directory, world).eval().requires_grad_(False), job)
+    scorer.use(mode)
+    return scorer
+
+
+def _without_dropout(model: Any) -> None:
+    """Training mode, which gradient checkpointing needs, without what makes policy and reference differ at step 0."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def _mode(job: Job, policy: Scorer) -> Mode:
+    """The forward for this model, tried out on the longest tree and some others of the run's own rows."""
+    trees = trees_of(job.rows).trees
+    longest = max(trees, key=size)
+    sample = [longest, *random.Random(job.seed).sample(trees, min(SAMPLE - 1, len(trees)))]
+    return choose_mode(policy, sample).mode
+
+
+def _wrapped(scorer: Scorer, job: Job, world: World) -> torch.nn.Module:
+    layers = list(scorer.model.get_decoder().layers) if job.machine.sharding == "fsdp" else []
+    return distributed.wrap(scorer, layers, job.machine.sharding, world, scorer.dtype)
+
+
+def _learner(
+    job: Job, policy: Scorer, module: torch.nn.Module, rows: list[PairRow], chunk: int, steps: int, world: World
+) -> Learner:
+    section = job.preference
+    known: list[Reference] = []
+    player, margin = None, 0.0
+    if section is None:
+        bound = Bound(losses.sft, 1.0, 0, False, frozenset(), None)
+    else:
+        bound = losses.of(section, job.seed)
+        for name in section.references:
+            known.append(_reference(job, section, name, policy, module, rows, chunk, world))
+        if section.noise and section.noise.kind == "constant_margin":
+            margin = section.noise.margin
+        elif section.noise:
+            scorer = _frozen(job.references[section.references[0]].path, job, policy.mode, world)
+            beside = _wrapped(scorer, job, world) if job.machine.sharding == "fsdp" else scorer
+            player = Player(section.noise, scorer, beside, job.optimizer.learning_rate, job.seed, world)
+    learner = Learner(policy, module, bound, job.optimizer, steps, job.machine, world, known, player, margin)
+    if section:
+        identities = {job.references.get(name, job.start).identity for name in section.references}
+        learner.begins_at_reference = chunk > 0 or identities == {job.start.identity}
+    return learner
+
+
+def _reference(
+    job: Job,
+    section: recipe.Train,
+    name: str,
+    policy: Scorer,
+    module: torch.nn.Module,
+    rows: list[PairRow],
+    chunk: int,
+    world: World,
+) -> Reference:
+    trees = list(trees_of(rows).trees)
+    if section.noise is None and losses.of(section).needs >= {"mismatched"}:
+        trees += [tree for batch in _batches(rows, job.optimizer, f"{job.seed}/{chunk}") for tree in _foreign(batch)]
+    if chunk > 0:  # sDPO: the policy at the start of the chunk, whose log-probs a resumed run must not score again
+        store = references.Store(job.scratch / f"reference-{chunk}")
+        return references.cached(policy, module, trees, job.machine.train_tokens, world, store)
+    if name == "ema" or section.reference_sync:
+        source = job.start if name == "ema" else job.references[name]
+        live = _frozen(source.path, job, policy.mode, world)
+        wrapped = _wrapped(live, job, world) if job.machine.sharding == "fsdp" else live
+        if name == "ema":
+            return Live(wrapped, "ema", section.ema_decay or 0.0)
+        sync = section.reference_sync
+        assert sync is not None
+        return Live(wrapped, "sync", sync.alpha, sync.steps)
+    return _cached(job, job.references[name], trees, policy.mode, world)
+
+
+def _cached(job: Job, source: Weights, trees: list[Any], mode: Mode, world: World) -> Cached:
+    store = references.place(job.cache, source.identity, job.optimizer.dtype, mode)
+    known = store.read()
+    if not references.missing(trees, known):
+        return references.cached_from(known)
+    scorer = _frozen(source.path, job, mode, world)
+    beside = _wrapped(scorer, job, world) if job.machine.sharding == "fsdp" else scorer
+    return references.cached(scorer, beside, trees, job.machine.train_tokens, world, store)
+
+
+def _foreign(batch: list[PairRow]) -> list[Any]:
+    from selfimprove.training.learner import lay_out
+
+    laid = lay_out(batch, mismatched=True)
+    return [tree for tree, first in zip(laid.trees, laid.first, strict=True) if first in laid.mismatched]
+
+
+def _chunks(job: Job, mode: Mode, world: World) -> list[list[PairRow]]:
+    """The rows in sDPO's chunks; one chunk where the recipe has none."""
+    section = job.preference
+    if section is None or section.chunks is None:
+        return [job.rows]
+    rows = list(job.rows)
+    if len(rows) < section.chunks.number:
+        raise UserError(f"{len(rows)} pairs cannot make {section.chunks.number} chunks", "lower train.chunks.number")
+    if section.chunks.order == "random":
+        random.Random(f"{job.seed}/chunks").shuffle(rows)
+    elif section.chunks.order == "easy_to_hard":
+        under = _cached(job, job.references["initial"], list(trees_of(rows).trees), mode, world)
+
+        def ease(row: PairRow) -> float:
+            better, worse = (under.sum(row.prompt_ids, r) / max(1, len(r)) for r in (row.chosen_ids, row.rejected_ids))
+            return better - worse
+
+        rows.sort(key=ease, reverse=True)
+    cuts = [round(k * len(rows) / section.chunks.number) for k in range(section.chunks.number + 1)]
+    return [rows[a:b] for a, b in pairwise(cuts)]
+
+
+def _batches(rows: Sequence[PairRow], settings: recipe.Optimizer, seed: str) -> Iterator[list[PairRow]]:
+    """Rows in another order each epoch; those of one prompt stay neighbours, so that a step encodes it once."""
+    groups: dict[tuple[int, ...], list[PairRow]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.prompt_ids), []).append(row)
+    for epoch in range(settings.epochs):
+        order = list(groups.values())
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        flat = [row for group in order for row in group]
+        yield from (flat[i : i + settings.batch_size] for i in range(0, len(flat), settings.batch_size))
+
+
+def _probe(learner: Learner, batches: list[list[PairRow]]) -> None:
+    """The largest micro-batch of the whole training first: memory that will not last runs out in the first minute."""
+    largest = max(batches, key=lambda batch: max(learner.scorer.cost(tree) for tree in trees_of(batch).trees))
+    with _memory(learner):
+        learner.probe(largest)
+
+
+def _step(learner: Learner, batch: list[PairRow], *, first: bool) -> dict[str, float]:
+    with _memory(learner):
+        return learner.step(batch, first=first)
+
+
+def _memory(learner: Learner) -> Any:
+    return nullcontext() if learner.world.device.type == "cpu" else _OutOfMemory(learner.machine.train_tokens)
+
+
+class _OutOfMemory:
+    """Says which knob makes the memory last."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"the device's memory does not hold a micro-batch of {self.tokens} tokens",
+                f"machine.train_tokens = {self.tokens // 2}, or machine.gradient_checkpointing = true",
+            ) from None
+
+
+class _Log:
+    """metrics.jsonl, the trackers, the progress bar; the first process's only."""
+
+    def __init__(self, job: Job, world: World, lines: int, mode: Mode) -> None:
+        self.job, self.first, self.lines, self.mode = job, world.first, lines, mode
+        self.path = job.scratch / "metrics.jsonl"
+        self._trackers: list[Any] = []
+        if self.first:
+            job.scratch.mkdir(parents=True, exist_ok=True)
+            kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if lines else []
+            self.path.write_text("".join(kept), encoding="utf-8")
+            settings = {"optimizer": job.optimizer.model_dump(), "seed": job.seed}
+            self._trackers = open_trackers(job.machine.trackers, job.cache.parent / "trackers", job.name, settings)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """One optimiser step."""
+        self.lines += 1
+        if self.first:
+            line = {
+                "step": self.lines,
+                **metrics,
+                "packed": float(self.mode == "packed"),
+                "peak_memory_mib": _peak_mib(),
+            }
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            for tracker in self._trackers:
+                tracker.log(self.lines, line)
+
+    def progress(self, before: int, step: int, batches: list[list[PairRow]]) -> None:
+        """Steps done, of all chunks."""
+        if self.first:
+            size = self.job.optimizer.batch_size
+            total = max(len(batches), -(-len(self.job.rows) * self.job.optimizer.epochs // size))
+            self.job.progress(min(total, before * self.job.optimizer.epochs // size + step), total)
+
+    def close(self) -> None:
+        """Leave metrics.jsonl where the artifact wants it."""
+        for tracker in self._trackers:
+            tracker.close()
+        if self.first and self.path.exists():
+            shutil.copyfile(self.path, self.job.metrics)
+
+
+def _peak_mib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _save(job: Job, policy: Scorer, module: torch.nn.Module, world: World) -> None:
     """A plain model directory: our weights, everything else as it was where we started, and the canary."""
+    adapter = job.optimizer.adapter
+    if adapter:
+        trained = {n.removeprefix("model."): distributed.whole(t) for n, t in adapters.state(policy).items()}
+        if world.first:
+            rows = [row.prompt_ids + row.chosen_ids for row in job.rows[:SAMPLE]]
+            _write(job, adapters.merge(trained, adapter, job.start.path, rows))
+    else:
+        found = distributed.whole_parameters(policy.model)
+        if world.first:
+            model = policy.model if world.size == 1 else _load(job.start.path, World(0, 1, torch.device("cpu")))
+            if world.size > 1:
+                model.load_state_dict(found, strict=False)
+            policy.use("padded")
+            _write(job, model)
+    distributed.barrier(world)
+
+
+def _write(job: Job, model: Any) -> None:
+    if job.preference and job.preference.extrapolate:
+        start = weights.parameters(_load(job.start.path, World(0, 1, model.device)))
+        weights.extrapolate_(weights.parameters(model), start, job.preference.extrapolate)
+    model.eval()
     try:
         model.save_pretrained(job.out)
     except safetensors.SafetensorError as error:  # it hides the number of an operating system's error in its text
@@ -170,7 +348,7 @@ def _save(model: Any, job: Job) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), str(error), str(job.out)) from None
-    for path in model_files(job.start):
+    for path in model_files(job.start.path):
         if path.name != "config.json" and ".safetensors" not in path.name:
             shutil.copyfile(path, job.out / path.name)
     canary.save(job.out, canary.compute(model))

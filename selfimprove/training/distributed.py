@@ -1,0 +1,124 @@
+"""One process or several (torchrun): who we are, wrapping a module, sums over all, whole tensors from shards."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+Sharding = Literal["ddp", "fsdp"]
+
+
+class World(NamedTuple):
+    """The processes that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+
+def device() -> torch.device:
+    """The device of this process: one GPU per local rank, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Join the process group that torchrun's variables describe; alone where there are none."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, device())
+        return
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size, here)
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(module: nn.Module, layers: list[nn.Module], sharding: Sharding, world: World, dtype: torch.dtype) -> nn.Module:
+    """The module as the processes train it: DDP, or FSDP2 with one group per layer. Alone it stays as it is.
+
+    Args:
+        module: what is called forward.
+        layers: its decoder layers.
+        sharding: "ddp" copies weights to every process, "fsdp" shards weights, gradients and optimiser state.
+        world: the processes.
+        dtype: of the computation; FSDP2 casts gathered weights to it.
+    """
+    if world.size == 1:
+        return module
+    if sharding == "ddp":
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    return module
+
+
+def gradients_wait(module: nn.Module) -> AbstractContextManager[None]:
+    """Backward passes inside add up gradients locally; the next one outside exchanges them."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.no_sync()
+    return nullcontext()  # FSDP2 reduces each time, so that no process ever holds a whole gradient
+
+
+def sum_(tensor: Tensor, world: World) -> Tensor:
+    """Add up a tensor over all processes, in place."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gathered(found: dict[bytes, Tensor], world: World) -> dict[bytes, Tensor]:
+    """What all processes found."""
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, found)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def barrier(world: World) -> None:
+    """Wait for all processes."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assign_(target: Tensor, value: Tensor) -> None:
+    """Write a whole tensor into one that may be sharded."""
+    value = value.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
+    else:
+        target.copy_(value)
+
+
+def whole_parameters(model: Any) -> dict[str, Tensor]:
+    """All parameters and saved buffers by name, whole and on the CPU; tied ones once. Every process must ask."""
+    found = {name: whole(p.detach()).cpu() for name, p in model.named_parameters()}
+    saved = model.state_dict().keys()
+    return found | {name: whole(b).cpu() for name, b in model.named_buffers() if name in saved}

@@ -1,0 +1,152 @@
+"""Reference log-probs: scored once and kept on disk by content, or scored beside the policy where the reference moves.
+
+A cache is named by everything that settles its numbers, so that rounds and resumed runs share it and it cannot be
+stale: weights, tokenizer and template (the model's identity), dtype, forward, and the token ids of each row.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from selfimprove.training import distributed, weights
+from selfimprove.training.distributed import World
+from selfimprove.training.job import Tree
+from selfimprove.training.logps import Scorer, score_tokens
+from selfimprove.training.packing import share
+
+VERSION = 1  # of the scoring: another value of a row's log-probs is another version
+
+
+class Cached:
+    """A reference that stays: the sum over tokens of every answer's log-probs, float64, nats."""
+
+    def __init__(self, sums: dict[bytes, float]) -> None:
+        self._sums = sums
+
+    def sum(self, prompt: Sequence[int], response: Sequence[int]) -> float:
+        """Of one answer."""
+        return self._sums[digest(prompt, response)] if response else 0.0
+
+
+class Live:
+    """A reference that moves: the average of the policy's weights (SAPO), or synchronised with them (TR-DPO).
+
+    Args:
+        module: the reference model as the processes run it.
+        how: "ema" follows at every step, "sync" at every `steps`-th.
+        rate: decay of the average, or alpha of the synchronisation.
+        steps: between synchronisations.
+    """
+
+    def __init__(self, module: nn.Module, how: Literal["ema", "sync"], rate: float, steps: int = 1) -> None:
+        self.module, self.how, self.rate, self.steps = module, how, rate, steps
+
+    def follow(self, policy: nn.Module, step: int) -> None:
+        """Take in the policy after an optimiser step."""
+        own, new = weights.parameters(self.module), weights.parameters(policy)
+        if self.how == "ema":
+            weights.ema_(own, new, self.rate)
+        elif step % self.steps == 0:
+            weights.sync_(own, new, self.rate)
+
+
+Reference = Cached | Live
+
+
+def digest(prompt: Sequence[int], response: Sequence[int]) -> bytes:
+    """Sixteen bytes that name a prompt and its answer as token ids."""
+    ids = array("q", [len(prompt), *prompt, *response])
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+class Store(NamedTuple):
+    """The cache of one model."""
+
+    directory: Path
+
+    def read(self) -> dict[bytes, torch.Tensor]:
+        """Per-token log-probs of every answer that was ever scored, float32."""
+        found: dict[bytes, torch.Tensor] = {}
+        for path in sorted(self.directory.glob("*.safetensors")):
+            shard = load_file(path)
+            names = shard["digests"].numpy().tobytes()
+            parts = torch.split(shard["logps"], shard["lengths"].tolist())
+            found |= {names[16 * i : 16 * i + 16]: part for i, part in enumerate(parts)}
+        return found
+
+    def add(self, logps: dict[bytes, torch.Tensor]) -> None:
+        """Keep more answers; the file appears whole or not at all."""
+        if not logps:
+            return
+        names = b"".join(logps)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"{hashlib.blake2b(names, digest_size=16).hexdigest()}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        tensors = {
+            "digests": torch.frombuffer(bytearray(names), dtype=torch.uint8).reshape(-1, 16),
+            "lengths": torch.tensor([len(v) for v in logps.values()]),
+            "logps": torch.cat(list(logps.values())).float(),
+        }
+        save_file(tensors, temporary)
+        temporary.replace(path)
+
+
+def place(folder: Path, identity: str, dtype: str, mode: str) -> Store:
+    """Where the log-probs of a model lie; `identity` covers weights, tokenizer and chat template."""
+    name = hashlib.sha256(f"{VERSION}/{identity}/{dtype}/{mode}".encode()).hexdigest()
+    return Store(folder / name[:32])
+
+
+def missing(trees: Iterable[Tree], known: dict[bytes, torch.Tensor]) -> list[Tree]:
+    """What of the trees is not known yet."""
+    wanted: dict[bytes, tuple[tuple[int, ...], list[int]]] = {}
+    for tree in trees:
+        for response in filter(None, tree.responses):
+            name = digest(tree.prompt_ids, response)
+            if name not in known:
+                wanted[name] = (tuple(tree.prompt_ids), response)
+    grouped: dict[tuple[int, ...], list[list[int]]] = {}
+    for prompt, response in wanted.values():
+        grouped.setdefault(prompt, []).append(response)
+    return [Tree(list(prompt), responses) for prompt, responses in grouped.items()]
+
+
+def score(
+    scorer: Scorer, module: nn.Module, trees: Sequence[Tree], budget: int, world: World
+) -> dict[bytes, torch.Tensor]:
+    """Score a share of the trees' answers per token without gradient; every process must ask for its own."""
+    parts = share([scorer.cost(tree) for tree in trees], world.size)
+    plans = [scorer.micro_batches([trees[i] for i in part], budget) for part in parts]
+    mine = [trees[i] for i in parts[world.rank]]
+    tokens = score_tokens(scorer, module, mine, budget, calls=max(map(len, plans)))
+    answers = [(tree.prompt_ids, response) for tree in mine for response in tree.responses]
+    return {digest(*answer): logps for answer, logps in zip(answers, tokens, strict=True)}
+
+
+def cached(
+    scorer: Scorer, module: nn.Module, trees: Sequence[Tree], budget: int, world: World, store: Store | None
+) -> Cached:
+    """Sums under a reference that stays, scoring only what the store does not hold."""
+    known = store.read() if store else {}
+    distributed.barrier(world)  # all have read before anyone adds, so that all miss the same
+    if new := missing(trees, known):
+        scored = score(scorer, module, new, budget, world)
+        if store is None and world.size > 1:
+            scored = distributed.gathered(scored, world)
+        if store is not None:
+            store.add(scored)
+            distributed.barrier(world)
+            scored = store.read()
+        known |= scored
+    return cached_from(known)
+
+
+def cached_from(logps: dict[bytes, torch.Tensor]) -> Cached:
+    """Sums of per-token log-probs, in float64."""
+    return Cached({name: tokens.double().sum().item() for name, tokens in logps.items()})
