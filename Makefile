@@ -20,7 +20,7 @@ TORCH_FLAGS = $(TORCH_CPU_INDEX)
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup setup-cuda demo test lint types layers tests docs lock
+.PHONY: all help setup setup-cuda demo test lint types layers tests bench-train docs lock
 
 all: setup lint types layers tests  ## set up, lint, types, import layers, tests (the default)
 
@@ -55,6 +55,12 @@ layers:
 
 tests:
 	$(BIN)/python -m pytest
+
+REPEATS ?= 5
+VOCAB ?= 1024 32768
+BENCH_ENV = HF_HUB_OFFLINE=1 TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false
+bench-train: setup  ## our training step beside TRL's (OUT=FILE.json REPEATS=5 VOCAB="1024 32768")
+	$(BENCH_ENV) $(BIN)/python -W ignore -m tests.bench.train --repeats $(REPEATS) --vocab $(VOCAB) $(if $(OUT),--out $(OUT))
 
 docs: setup  ## regenerate docs/cli.md
 	$(BIN)/python docs/make_cli.py

@@ -69,6 +69,9 @@ def tree_attention(
     """
     if tree is None or attention_mask is not None or dropout:
         raise ValueError(f"{type(module).__name__} cannot run packed trees")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     plain = softcap is None and s_aux is None
     if query.is_cuda and plain and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, scaling, sliding_window, tree), None

@@ -133,7 +133,11 @@ def target_logps(
 
 
 def shape_of(config: Any) -> Shape:
-    """The scale and cap that a model's configuration states (Cohere, Granite, Gemma and their like)."""
+    """The scale and cap that a model's configuration states (Cohere, Granite, Falcon-H1, Gemma and their like)."""
     text = config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    return Shape(scale, getattr(text, "final_logit_softcapping", None))
+    scale, divisor, multiplier = (
+        float(getattr(text, name, None) or 1.0) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")
+    )
+    if text.model_type.startswith("hyperclovax"):  # multiplies by what Granite divides by
+        divisor = 1.0 / divisor
+    return Shape(scale * multiplier / divisor, getattr(text, "final_logit_softcapping", None))

@@ -335,7 +335,7 @@ class Learner:
         self.steps_done += 1
         for reference in self.references:
             if isinstance(reference, Live):
-                reference.follow(self.module, self.steps_done)
+                reference.follow(self.scorer, self.steps_done)
         return {"loss": loss.item(), "grad_norm": norm, "learning_rate": rate, **extra}
 
     def _agree(self, columns: Columns) -> None:

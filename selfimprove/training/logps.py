@@ -7,12 +7,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from selfimprove.errors import UserError
 from selfimprove.training import attention, head
 from selfimprove.training.job import Tree
-from selfimprove.training.packing import Packed, fill, pack, padded_size, size
+from selfimprove.training.packing import Packed, fill, fill_padded, pack, padded_size, size
 
 Mode = Literal["packed", "padded"]
 EMPTY = Tree([0], [[0]])  # what a process runs when the others have one micro-batch more
+HEAD_TOKENS = 32  # on which the self-test compares the head
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}  # per token, in nats
 
 
@@ -44,6 +46,8 @@ class Scorer(torch.nn.Module):
         self.measure = measure
         self.shape = head.shape_of(model.config)
         self.plain_attention: str = model.config._attn_implementation
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            self.plain_attention = "eager"  # transformers' sdpa drops the cap (Gemma 2) and says nothing
         self.mode: Mode = "padded"
         self.use("packed")
 
@@ -70,6 +74,7 @@ class Scorer(torch.nn.Module):
 
     def _states(self, packed: Packed) -> Tensor:
         body = self.model.get_decoder()
+        body = self.model.model if body is self.model else body  # Llama 4's text model calls itself its decoder
         if self.mode == "padded":
             return _padded(body, packed.trees, packed.input_ids.device)
         tree = attention.structure(packed.spans, packed.input_ids.device)
@@ -89,7 +94,9 @@ class Scorer(torch.nn.Module):
 
     def micro_batches(self, trees: Sequence[Tree], budget: int) -> list[list[int]]:
         """Indices of trees in micro-batches of at most `budget` tokens; a larger tree stands alone."""
-        return fill([self.cost(tree) for tree in trees], budget)
+        if self.mode == "padded":
+            return fill_padded(trees, budget)
+        return fill([size(tree) for tree in trees], budget)
 
     def pack(self, trees: Sequence[Tree]) -> Packed:
         """Trees as this model takes them."""
@@ -142,10 +149,14 @@ def choose_mode(scorer: Scorer, trees: Sequence[Tree]) -> SelfTest:
 
     State-space and linear-attention layers let state leak between responses and raise nothing: no list of
     architectures is as safe as looking. Weights are perturbed because fresh adapters are zero and hide what they do.
+
+    Raises:
+        UserError: the model does more to its logits than the head knows, so that either form would be wrong.
     """
     tolerance = TOLERANCE[scorer.dtype]
     scorer.use("padded")
     with _perturbed(scorer.model), torch.no_grad():
+        _check_head(scorer, trees)
         plain = torch.cat(
             [scorer(scorer.pack([Tree(t.prompt_ids, [r])])).logps for t in trees for r in t.responses if r]
         )
@@ -159,6 +170,24 @@ def choose_mode(scorer: Scorer, trees: Sequence[Tree]) -> SelfTest:
         return SelfTest("packed", difference, "")
     scorer.use("padded")
     return SelfTest("padded", difference, why or f"log-probs differ by {difference:.3g} nats")
+
+
+def _check_head(scorer: Scorer, trees: Sequence[Tree]) -> None:
+    """Our log-probs of a few tokens, in padded mode, against those of the model's own logits."""
+    prompt, response = next((t.prompt_ids, r) for t in trees for r in t.responses if r)
+    ids = [*prompt, *response][:HEAD_TOKENS]
+    packed = scorer.pack([Tree(ids[:1], [ids[1:]])])
+    row = torch.tensor([ids], device=scorer.device)
+    with torch.autocast(row.device.type, scorer.dtype, enabled=scorer.dtype != torch.float32):
+        logits = scorer.model(row, use_cache=False).logits[0, :-1]
+    own = logits.float().log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
+    difference = (scorer(packed).logps - own).abs().max().item()
+    if not difference <= TOLERANCE[scorer.dtype]:
+        raise UserError(
+            f"{type(scorer.model).__name__} does something to its logits that training does not know: its log-probs "
+            f"differ by {difference:.3g} nats from those of its hidden states and output embeddings",
+            "train a model whose head is linear, scaled or soft-capped",
+        )
 
 
 @contextmanager
@@ -182,7 +211,8 @@ def _perturbed(model: Any) -> Iterator[None]:
 def _padded(body: Any, trees: Sequence[Tree], device: torch.device) -> Tensor:
     """Hidden states that predict each target, from one right-padded row per response."""
     rows = [(tree.prompt_ids, response) for tree in trees for response in tree.responses if response]
-    longest = max(len(prompt) + len(response) - 1 for prompt, response in rows)
+    rows = rows or [(trees[0].prompt_ids, [])]  # the model runs even where nothing is scored
+    longest = max(len(prompt) + max(0, len(response) - 1) for prompt, response in rows)
     ids: list[list[int]] = []
     mask: list[list[int]] = []
     places: list[int] = []
@@ -190,7 +220,8 @@ def _padded(body: Any, trees: Sequence[Tree], device: torch.device) -> Tensor:
         fed = prompt + response[:-1]
         ids.append(fed + [0] * (longest - len(fed)))
         mask.append([1] * len(fed) + [0] * (longest - len(fed)))
-        places += range(number * longest + len(prompt) - 1, number * longest + len(fed))
+        last = number * longest + len(prompt) - 1
+        places += range(last, last + len(response))
     states: Tensor = body(
         torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device), use_cache=False
     ).last_hidden_state

@@ -119,7 +119,7 @@ def noised_logps(
         lengths: tokens of each pair's rejected answer, N in sum.
         seed: of the run.
         step: of the optimiser.
-        chunk_rows: positions at once; about ten (chunk_rows, V) float32 tensors are alive.
+        chunk_rows: positions at once; up to fourteen (chunk_rows, V) float32 tensors are alive.
     """
     keys = [f"{seed}/{step}/{pair}/{row}" for pair, n in zip(pair_ids, lengths, strict=True) for row in range(n)]
     hidden = hidden.detach()

@@ -55,7 +55,13 @@ def size(tree: Tree) -> int:
 
 def padded_size(tree: Tree) -> int:
     """Tokens a tree costs when each response is a row of its own, padded to the longest of them."""
-    return len(tree.responses) * (len(tree.prompt_ids) + max(map(len, tree.responses)))
+    rows, length = _rows(tree)
+    return rows * length
+
+
+def _rows(tree: Tree) -> tuple[int, int]:
+    """How many rows a tree makes, and the length of the longest."""
+    return max(1, sum(map(bool, tree.responses))), len(tree.prompt_ids) + max(0, max(map(len, tree.responses)) - 1)
 
 
 def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -71,6 +77,22 @@ def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
         else:
             groups.append([index])
             room.append(budget - sizes[index])
+    return groups
+
+
+def fill_padded(trees: Sequence[Tree], budget: int) -> list[list[int]]:
+    """Indices of trees of like length in groups whose rows, all padded to the longest, hold at most `budget` tokens."""
+    shapes = [_rows(tree) for tree in trees]
+    groups: list[list[int]] = []
+    rows = longest = 0
+    for index in sorted(range(len(trees)), key=lambda i: (-shapes[i][1], i)):
+        count, length = shapes[index]
+        if groups and (rows + count) * longest <= budget:
+            groups[-1].append(index)
+            rows += count
+        else:
+            groups.append([index])
+            rows, longest = count, length
     return groups
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from selfimprove.errors import UserError
 from selfimprove.training import distributed, weights
 from selfimprove.training.distributed import World
 from selfimprove.training.job import Tree
@@ -71,12 +73,22 @@ class Store(NamedTuple):
     directory: Path
 
     def read(self) -> dict[bytes, torch.Tensor]:
-        """Per-token log-probs of every answer that was ever scored, float32."""
+        """Per-token log-probs of every answer that was ever scored, float32.
+
+        Raises:
+            UserError: a file is damaged.
+        """
         found: dict[bytes, torch.Tensor] = {}
         for path in sorted(self.directory.glob("*.safetensors")):
-            shard = load_file(path)
-            names = shard["digests"].numpy().tobytes()
-            parts = torch.split(shard["logps"], shard["lengths"].tolist())
+            try:
+                shard = load_file(path)
+                names = shard["digests"].numpy().tobytes()
+                parts = torch.split(shard["logps"], shard["lengths"].tolist())
+            except (SafetensorError, KeyError, RuntimeError) as error:
+                raise UserError(
+                    f"the cached reference log-probs {path} are damaged ({type(error).__name__})",
+                    f"delete the file and run again; they are scored anew: rm {path}",
+                ) from None
             found |= {names[16 * i : 16 * i + 16]: part for i, part in enumerate(parts)}
         return found
 

@@ -271,6 +271,7 @@ class _Log:
     def __init__(self, job: Job, world: World, lines: int, mode: Mode) -> None:
         self.job, self.first, self.lines, self.mode = job, world.first, lines, mode
         self.path = job.scratch / "metrics.jsonl"
+        self.processes = distributed.sum_(torch.ones((), device=world.device), world).item()  # that really answered
         self._trackers: list[Any] = []
         if self.first:
             job.scratch.mkdir(parents=True, exist_ok=True)
@@ -283,12 +284,8 @@ class _Log:
         """One optimiser step."""
         self.lines += 1
         if self.first:
-            line = {
-                "step": self.lines,
-                **metrics,
-                "packed": float(self.mode == "packed"),
-                "peak_memory_mib": _peak_mib(),
-            }
+            about = {"packed": float(self.mode == "packed"), "processes": self.processes, "peak_memory_mib": _peak_mib()}
+            line = {"step": self.lines, **metrics, **about}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             for tracker in self._trackers:

@@ -5,7 +5,13 @@ import pytest
 import torch
 import transformers
 
+from selfimprove import recipe
+from selfimprove.chat import Chat
 from selfimprove.data import SHIPPED
+from selfimprove.store import model_identity
+from selfimprove.training.job import Job, PairRow, Weights
+
+MODEL = SHIPPED["demo:model"]
 
 
 def tiny(tied: bool = True, seed: int = 0) -> transformers.LlamaForCausalLM:
@@ -28,3 +34,49 @@ def tiny(tied: bool = True, seed: int = 0) -> transformers.LlamaForCausalLM:
 def seeds():
     lines = Path(SHIPPED["demo:seeds"]).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def pairs(seeds) -> list[PairRow]:
+    """24 pairs of the embedded default, two of each prompt: the gold against two other answers."""
+    chat = Chat(MODEL)
+    rows = seeds[:12]
+    return [
+        PairRow(
+            f"{row['id']}/{k}",
+            chat.prompt_ids(row["prompt"]),
+            chat.completion_ids(row["prompt"], row["completion"]),
+            chat.completion_ids(row["prompt"], rows[i - 1 - k]["completion"] + " and more"),
+        )
+        for i, row in enumerate(rows)
+        for k in range(2)
+    ]
+
+
+def job(folder: Path, rows: list[PairRow], preference: dict | None = None, machine: dict | None = None, **optimizer):
+    """A training of the embedded model; `preference` as in a recipe's [train]."""
+    settings = recipe.Optimizer(**{"learning_rate": 1e-3, "epochs": 2, "batch_size": 8, **optimizer})
+    start = Weights(MODEL, model_identity(MODEL))
+    section = preference and recipe.Train.model_validate({"optimizer": settings, **preference})
+    return Job(
+        rows=rows,
+        start=start,
+        out=folder / "policy",
+        metrics=folder / "metrics.jsonl",
+        scratch=folder / "scratch",
+        cache=folder / "cache",
+        optimizer=settings,
+        machine=recipe.Machine(**{"threads": 1, **(machine or {})}),
+        seed=1,
+        progress=lambda done, total: None,
+        preference=section,
+        references={"initial": start, "previous": start, "path": start},
+    )
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "policy").state_dict()

@@ -2,58 +2,42 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
-from selfimprove.chat import Chat
-from selfimprove.data import SHIPPED
+from selfimprove import recipe
 from selfimprove.engine import canary
-from selfimprove.recipe import Machine, Optimizer
+from selfimprove.errors import UserError
 from selfimprove.store import model_identity
-from selfimprove.training.job import Job, PairRow, Row
-from selfimprove.training.losses import dpo, simpo
-from selfimprove.training.trainer import TrainingFailed, train_preference, train_sft
+from selfimprove.training import launch
+from selfimprove.training.job import example
+from selfimprove.training.learner import TrainingFailed
+from selfimprove.training.noise import NoiseDiverged
+from selfimprove.training.trainer import _batches
+from tests.training.conftest import MODEL, job, lines, weights
 
-MODEL = SHIPPED["demo:model"]
-
-
-@pytest.fixture(scope="module")
-def pairs(seeds):
-    chat = Chat(MODEL)
-    rows = seeds[:24]
-    return [
-        PairRow(
-            row["id"],
-            chat.prompt_ids(row["prompt"]),
-            chat.completion_ids(row["prompt"], row["completion"]),
-            chat.completion_ids(row["prompt"], rows[i - 1]["completion"] + " and more"),
-        )
-        for i, row in enumerate(rows)
-    ]
+DPO = {"loss": {"name": "dpo", "beta": 0.1}, "reference": "previous"}
+SIMPO = {"loss": {"name": "simpo"}}
+GAMMA = {"loss": {"name": "gamma_dpo", "beta": 0.5}, "reference": "previous"}
 
 
-def job(out: Path, train_rows: int = 64, **optimizer) -> Job:
-    settings = {"learning_rate": 1e-3, "epochs": 2, "batch_size": 8, **optimizer}
-    return Job(
-        start=MODEL,
-        out=out / "policy",
-        metrics=out / "metrics.jsonl",
-        optimizer=Optimizer(**settings),
-        machine=Machine(threads=1, train_rows=train_rows),
-        seed=1,
-        progress=lambda done, total: None,
-    )
+def trained(folder, rows, preference=None, **settings):
+    folder.mkdir(exist_ok=True)
+    last = launch.train(job(folder, rows, preference, **settings))
+    return last, weights(folder)
 
 
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def assert_same(one, other, tolerance):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance, msg=name)
 
 
 def test_dpo_begins_at_log_2_and_learns_the_preference(tmp_path, pairs):
-    last = train_preference(job(tmp_path), pairs, lambda q: dpo(q, beta=0.1), 0.1, MODEL)
+    last, _ = trained(tmp_path, pairs, DPO)
     steps = lines(tmp_path)
     assert len(steps) == 6
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -62,33 +46,40 @@ def test_dpo_begins_at_log_2_and_learns_the_preference(tmp_path, pairs):
     assert last["rewards/margins"] > 0
     for step in steps:  # at this size of margin the mean loss is close to the loss of the mean margin
         assert step["loss"] == pytest.approx(math.log1p(math.exp(-step["rewards/margins"])), abs=0.05)
+        assert step["rewards/chosen"] == pytest.approx(0.1 * step["logps/chosen_change"], rel=1e-6)
 
 
-def test_splitting_a_batch_does_not_change_the_result(tmp_path, pairs):
-    weights = []
-    for rows in (64, 6):
-        out = tmp_path / str(rows)
-        out.mkdir()
-        train_preference(job(out, train_rows=rows), pairs, simpo, 2.0, None)
-        weights.append(transformers.AutoModelForCausalLM.from_pretrained(out / "policy").state_dict())
-    for name, one in weights[0].items():
-        torch.testing.assert_close(one, weights[1][name], rtol=0, atol=2e-5, msg=name)
+@pytest.mark.parametrize(
+    "preference",
+    [SIMPO, GAMMA, {"loss": {"name": "kto"}, "reference": "initial"}, {"loss": {"name": "cpo", "nll": "batch"}}],
+    ids=lambda p: p["loss"]["name"],
+)
+def test_the_token_budget_changes_nothing(tmp_path, pairs, preference):
+    _, whole = trained(tmp_path / "whole", pairs, preference)
+    _, split = trained(tmp_path / "split", pairs, preference, machine={"train_tokens": 60})
+    assert_same(whole, split, 2e-5)
+    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "split"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, pairs):
+    _, plain = trained(tmp_path / "plain", pairs, DPO)
+    _, saving = trained(tmp_path / "saving", pairs, DPO, machine={"gradient_checkpointing": True})
+    assert_same(plain, saving, 2e-5)
 
 
 def test_same_seed_same_bytes(tmp_path, pairs):
-    identities = set()
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        train_preference(job(tmp_path / name), pairs, simpo, 2.0, None)
-        identities.add(model_identity(tmp_path / name / "policy"))
-    assert len(identities) == 1
+        trained(tmp_path / name, pairs, SIMPO)
+    assert model_identity(tmp_path / "a" / "policy") == model_identity(tmp_path / "b" / "policy")
 
 
 def test_sft_learns_its_examples_and_saves_a_whole_model(tmp_path, pairs):
-    examples = [Row(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
-    train_sft(job(tmp_path, epochs=6), examples)
+    examples = [example(p.pair_id, p.prompt_ids, p.chosen_ids) for p in pairs[::2]]
+    trained(tmp_path, examples, epochs=6, batch_size=4)
     steps = lines(tmp_path)
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
+    assert "rewards/margins" not in steps[0]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template
     saved = canary.of(tmp_path / "policy")
@@ -98,6 +89,138 @@ def test_sft_learns_its_examples_and_saves_a_whole_model(tmp_path, pairs):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_and_names_the_pairs(tmp_path, pairs):
     with pytest.raises(TrainingFailed, match="step 1") as raised:
-        train_preference(job(tmp_path), pairs, lambda q: simpo(q) * math.inf, 2.0, None)
+        trained(tmp_path, pairs, {"loss": {"name": "ipo_sum", "beta": 1e-300}, "reference": "initial"})
     assert any(pair.pair_id in str(raised.value) for pair in pairs)
     assert not (tmp_path / "policy").exists()
+
+
+def test_rows_of_one_prompt_share_a_step_and_every_row_comes_once_an_epoch(pairs):
+    settings = recipe.Optimizer(learning_rate=1e-3, epochs=2, batch_size=8)
+    batches = list(_batches(pairs, settings, "seed"))
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(p.pair_id for b in epoch for p in b) == sorted(p.pair_id for p in pairs)
+    assert [p.pair_id for b in batches[:3] for p in b] != [p.pair_id for b in batches[3:] for p in b]
+    for batch in batches:
+        prompts = [tuple(p.prompt_ids) for p in batch]
+        assert len(set(prompts)) == len(prompts) // 2
+
+
+class TestReferences:
+    def test_a_reference_that_is_not_what_it_says_stops_at_the_first_step(self, tmp_path, pairs, monkeypatch):
+        trained(tmp_path, pairs, DPO)
+        [cache] = (tmp_path / "cache").rglob("*.safetensors")
+        tensors = safetensors.torch.load_file(cache)
+        tensors["logps"] -= 0.1
+        safetensors.torch.save_file(tensors, cache)
+        with pytest.raises(TrainingFailed, match="policy and reference are the same weights"):
+            trained(tmp_path, pairs, DPO)
+
+    def test_the_average_follows_the_policy_and_loosens_the_pull(self, tmp_path, pairs):
+        last, _ = trained(tmp_path / "ema", pairs, {**DPO, "reference": "ema", "ema_decay": 0.5})
+        fixed, _ = trained(tmp_path / "fixed", pairs, DPO)
+        assert lines(tmp_path / "ema")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert abs(last["rewards/margins"]) < abs(fixed["rewards/margins"])
+
+    def test_a_hard_sync_every_step_keeps_the_loss_at_log_2(self, tmp_path, pairs):
+        trained(tmp_path, pairs, {**DPO, "reference_sync": {"alpha": 1.0, "steps": 1}})
+        assert [step["loss"] for step in lines(tmp_path)] == pytest.approx([math.log(2)] * 6, abs=1e-5)
+
+    def test_two_references(self, tmp_path, pairs):
+        mrpo = {"loss": {"name": "mrpo"}, "reference": ["initial", "path"], "reference_path": "unused"}
+        last, _ = trained(tmp_path, pairs, mrpo)
+        assert math.isfinite(last["loss"])
+
+    def test_concentration_is_measured_for_wpo(self, tmp_path, pairs):
+        last, _ = trained(tmp_path, pairs, {"loss": {"name": "wpo", "beta": 0.1}, "reference": "previous"})
+        assert lines(tmp_path)[0]["loss"] < math.log(2)  # weights below one
+        assert last["loss"] > 0
+
+
+SDPO = {**DPO, "chunks": {"number": 3}}
+NOISE = {**DPO, "noise": {"kind": "trainable", "scale": 0.5}}
+
+
+class TestChunks:
+    def test_each_chunk_begins_at_log_2(self, tmp_path, pairs):
+        trained(tmp_path, pairs, SDPO, epochs=1)
+        assert [s["loss"] for s in lines(tmp_path)] == pytest.approx([math.log(2)] * 3, abs=1e-5)
+
+    def test_the_order_is_from_easy_to_hard_under_the_initial_model(self, tmp_path, pairs):
+        given, easy = tmp_path / "given", tmp_path / "easy"
+        trained(given, pairs, {**DPO, "chunks": {"number": 3, "order": "given"}}, epochs=1)
+        trained(easy, pairs, SDPO, epochs=1)
+        lengths = [len(p.chosen_ids) for p in pairs]
+        assert len(set(lengths)) > 1
+        assert lines(given)[0]["logps/chosen"] != lines(easy)[0]["logps/chosen"]
+
+    def test_more_chunks_than_pairs_is_refused(self, tmp_path, pairs):
+        with pytest.raises(UserError, match="cannot make 3 chunks"):
+            trained(tmp_path, pairs[:2], SDPO)
+
+
+class TestNoise:
+    def test_the_budget_changes_nothing(self, tmp_path, pairs):
+        _, whole = trained(tmp_path / "whole", pairs, NOISE)
+        _, split = trained(tmp_path / "split", pairs, NOISE, machine={"train_tokens": 60})
+        assert_same(whole, split, 2e-5)
+        sigmas = [step["noise/sigma"] for step in lines(tmp_path / "whole")]
+        assert sigmas == pytest.approx([s["noise/sigma"] for s in lines(tmp_path / "split")], abs=1e-5)
+        assert sigmas[0] == pytest.approx(0.5, rel=0.05)
+        assert sigmas[-1] < sigmas[0]  # alpha = 1 pays more than the margin does
+
+    def test_no_noise_is_spin(self, tmp_path, pairs):
+        _, silent = trained(tmp_path / "silent", pairs, {**DPO, "noise": {"kind": "fixed_sigma", "sigma": 0.0}})
+        _, spin = trained(tmp_path / "spin", pairs, DPO)
+        assert_same(silent, spin, 2e-5)
+
+    def test_a_constant_margin_begins_where_it_says(self, tmp_path, pairs):
+        trained(tmp_path, pairs, {**DPO, "noise": {"kind": "constant_margin", "margin": 2.0}})
+        assert lines(tmp_path)[0]["loss"] == pytest.approx(math.log1p(math.exp(0.1 * 2.0)), abs=1e-5)
+
+    def test_noise_that_runs_away_stops_the_training(self, tmp_path, pairs):
+        runaway = {**DPO, "noise": {"alpha": 0.0, "learning_rate": 3.0, "scale": 1.0}}
+        with pytest.raises(NoiseDiverged, match=r"train\.noise|diverged"):
+            trained(tmp_path, pairs, runaway, epochs=10)
+        assert not (tmp_path / "policy").exists()
+
+    def test_the_noise_with_margins_that_couple_the_batch(self, tmp_path, pairs):
+        both = {**GAMMA, "noise": {"kind": "trainable"}}
+        _, whole = trained(tmp_path / "whole", pairs, both)
+        _, split = trained(tmp_path / "split", pairs, both, machine={"train_tokens": 60})
+        assert_same(whole, split, 2e-5)
+
+
+class TestAfterwards:
+    def test_lora_is_merged_into_a_plain_model(self, tmp_path, pairs):
+        last, found = trained(tmp_path, pairs, DPO, adapter={"rank": 4, "alpha": 8.0}, learning_rate=1e-2)
+        start = transformers.AutoModelForCausalLM.from_pretrained(MODEL).state_dict()
+        assert found.keys() == start.keys()
+        changed = {name for name in found if not torch.equal(found[name], start[name])}
+        assert changed
+        assert all("proj" in name for name in changed)
+        assert last["loss"] < math.log(2)
+
+    def test_extrapolation_goes_on_in_the_same_direction(self, tmp_path, pairs):
+        _, plain = trained(tmp_path / "plain", pairs, DPO)
+        _, further = trained(tmp_path / "further", pairs, {**DPO, "extrapolate": 0.5})
+        start = transformers.AutoModelForCausalLM.from_pretrained(MODEL).state_dict()
+        for name, tensor in further.items():
+            torch.testing.assert_close(tensor, plain[name] + 0.5 * (plain[name] - start[name]), msg=name)
+
+    def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(self, tmp_path, pairs):
+        _, found = trained(tmp_path / "low", pairs, DPO, dtype="bfloat16")
+        _, exact = trained(tmp_path / "high", pairs, DPO)
+        assert {t.dtype for t in found.values()} == {torch.float32}
+        moved = max((found[n] - exact[n]).abs().max().item() for n in found)
+        assert 0 < moved < 0.02
+
+    def test_tensorboard_gets_every_step(self, tmp_path, pairs):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        trained(tmp_path, pairs, DPO, machine={"trackers": ["tensorboard"]})
+        [events] = (tmp_path / "trackers").rglob("events.*")
+        read = EventAccumulator(str(events.parent))
+        read.Reload()
+        assert [e.value for e in read.Scalars("loss")] == pytest.approx(
+            [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        )

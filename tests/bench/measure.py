@@ -1,0 +1,156 @@
+"""Ours against one of TRL's settings: first the same numbers, then the time, repetitions interleaved in one process."""
+
+import gc
+import math
+import statistics
+from typing import NamedTuple
+
+import torch
+
+from selfimprove.training.job import PairRow, Tree
+from selfimprove.training.packing import size
+from tests.bench import workload
+from tests.bench.sides import Ours, Trl
+from tests.bench.workload import Setting
+
+
+class Baseline(NamedTuple):
+    """One of TRL's settings, and what ours does beside it."""
+
+    name: str
+    online: bool = False
+    compact: bool = False
+    device_batch: int | None = None  # unset = the setting's
+    pairs: int | None = None  # per optimiser step, on both sides; unset = the setting's
+    responses: int = 2  # per prompt; more than two mean all pairs of them
+    checkpointing: bool = False  # on both sides
+    ours_online: bool = False
+
+    def prompts(self, setting: Setting) -> int:
+        """Of a step."""
+        return (self.pairs or setting.pairs) // math.comb(self.responses, 2)
+
+    def sides(self, setting: Setting, rows: list[PairRow]) -> tuple[Trl, Ours]:
+        """Both trainers at the same random weights."""
+        pairs = self.pairs or setting.pairs
+        theirs = Trl(
+            setting,
+            rows,
+            online=self.online,
+            compact=self.compact,
+            device_batch=self.device_batch or min(setting.device_batch, pairs),
+            pairs=pairs,
+            checkpointing=self.checkpointing,
+        )
+        return theirs, Ours(setting, rows, online=self.ours_online, checkpointing=self.checkpointing)
+
+
+class Result(NamedTuple):
+    """A comparison; one entry per repetition where it is a list."""
+
+    baseline: Baseline
+    setting: Setting
+    ratios: list[float]  # TRL's seconds over ours
+    theirs: list[float]  # seconds of a step
+    ours: list[float]
+    shares: list[float]  # needed FLOPs per second over the best peak of all repetitions
+    peaks: list[float]  # FLOP/s, measured before each repetition
+    pairs: int  # of a step
+    tokens: float  # distinct ones of a step, mean
+    max_logp_diff: float
+    grad_rel_diff: float
+    loss_diff: float
+
+    def entry(self) -> dict[str, object]:
+        """For OUT=FILE.json."""
+        return {
+            "vocab": self.setting.vocab,
+            "baseline": self.baseline.name,
+            "ratio": {
+                "min": min(self.ratios),
+                "median": statistics.median(self.ratios),
+                "max": max(self.ratios),
+            },
+            "max_logp_diff": self.max_logp_diff,
+            "grad_rel_diff": self.grad_rel_diff,
+            "peak_share": statistics.median(self.shares),
+        }
+
+
+def baselines(setting: Setting, every: bool) -> list[Baseline]:
+    """TRL's three settings, and where `every` is asked for its batch sizes, four responses, and equal terms."""
+    found = [
+        Baseline("trl default", online=True),
+        Baseline("trl precomputed"),
+        Baseline("trl precomputed compact", compact=True),
+    ]
+    if every:
+        for size_ in setting.batches:
+            if size_ != setting.device_batch:
+                found.append(Baseline(f"trl batch {size_}", device_batch=size_, pairs=max(size_, setting.pairs)))
+        four = max(2, setting.pairs // 6) * 6
+        found += [
+            Baseline("trl pairs of 4 responses", device_batch=6, pairs=four, responses=4),
+            Baseline("trl default, ours online too", online=True, ours_online=True),
+            Baseline("trl precomputed, both checkpointing", checkpointing=True),
+        ]
+    return found
+
+
+def compare(setting: Setting, baseline: Baseline, repeats: int) -> Result:
+    """Measure one baseline. Each repetition is one optimiser step on pairs of its own, the same on both sides."""
+    torch.set_num_threads(1)
+    prompts = baseline.prompts(setting)
+    trees = workload.trees(setting, prompts * (repeats + 1), baseline.responses)
+    steps: list[tuple[list[Tree], list[PairRow]]] = []
+    for begin in range(0, len(trees), prompts):
+        part = trees[begin : begin + prompts]
+        steps.append((part, workload.all_pairs(part)))
+    steps = [
+        (part, [row._replace(pair_id=f"{n}/{row.pair_id}") for row in rows]) for n, (part, rows) in enumerate(steps)
+    ]
+    theirs, ours = baseline.sides(setting, [row for _, rows in steps for row in rows])
+    workload.perturb(theirs.model)
+    workload.perturb(ours.model)
+    expected, found = theirs.check(steps[0][1]), ours.check(steps[0][1])
+    theirs.step(steps[0][1][:1])  # allocates the optimiser's moments
+    ours.step(steps[0][1][:1])
+    seconds: list[tuple[float, float, float]] = []
+    for number, (_, rows) in enumerate(steps[1:]):
+        peak = workload.peak_flops(setting)
+        if number % 2:
+            own = ours.step(rows)
+            seconds.append((theirs.step(rows), own, peak))
+        else:
+            seconds.append((theirs.step(rows), ours.step(rows), peak))
+    flops = [workload.needed_flops(setting, part) for part, _ in steps[1:]]
+    result = Result(
+        baseline=baseline,
+        setting=setting,
+        ratios=[a / b for a, b, _ in seconds],
+        theirs=[a for a, _, _ in seconds],
+        ours=[b for _, b, _ in seconds],
+        shares=[f / b / max(p for *_, p in seconds) for f, (_, b, _) in zip(flops, seconds, strict=True)],
+        peaks=[p for _, _, p in seconds],
+        pairs=len(steps[0][1]),
+        tokens=statistics.mean(sum(map(size, part)) for part, _ in steps[1:]),
+        max_logp_diff=(expected.logps - found.logps).abs().max().item(),
+        grad_rel_diff=((expected.gradient - found.gradient).norm() / expected.gradient.norm()).item(),
+        loss_diff=abs(expected.loss - found.loss),
+    )
+    theirs.folder.cleanup()
+    del theirs, ours
+    gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
+    return result
+
+
+def best_batch(results: list[Result]) -> Result | None:
+    """The per-device batch at which TRL comes closest, under a name of its own; none where only one was tried."""
+    plain = [r for r in results if r.baseline.name == "trl precomputed" or r.baseline.name.startswith("trl batch")]
+    if len(plain) < 2:
+        return None
+    best = min(plain, key=lambda r: statistics.median(r.ratios))
+    batch = best.baseline.device_batch or best.setting.device_batch
+    return best._replace(baseline=best.baseline._replace(name=f"trl best batch ({batch})"))

@@ -1,0 +1,62 @@
+"""The bench at tiny sizes: both trainers see the same log-probs, loss and gradient. Nothing is said about time."""
+
+import math
+
+import pytest
+import torch
+
+from selfimprove.training.job import Tree
+from selfimprove.training.packing import trees_of
+from tests.bench import memory, workload
+from tests.bench.measure import Baseline, baselines, best_batch, compare
+from tests.bench.train import HEAD, line
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("baseline", baselines(workload.tiny(97), every=True), ids=lambda b: b.name)
+def test_both_trainers_see_the_same_numbers(baseline):
+    result = compare(workload.tiny(97), baseline, repeats=1)
+    assert result.max_logp_diff < 1e-4
+    assert 0 < result.grad_rel_diff < 1e-4
+    assert result.loss_diff < 1e-5
+    entry = result.entry()
+    assert set(entry) == {"vocab", "baseline", "ratio", "max_logp_diff", "grad_rel_diff", "peak_share"}
+    assert set(entry["ratio"]) == {"min", "median", "max"}
+    assert entry["ratio"]["median"] > 0
+    assert line(result).count("|") == HEAD.splitlines()[0].count("|")
+
+
+def test_the_best_batch_is_the_one_where_trl_comes_closest():
+    done = compare(workload.tiny(97), Baseline("trl precomputed"), repeats=1)
+    other = done._replace(baseline=Baseline("trl batch 1", device_batch=1), ratios=[done.ratios[0] / 2])
+    best = best_batch([done, other])
+    assert best.baseline.name == "trl best batch (1)"
+    assert best.ratios == other.ratios
+    assert best_batch([done]) is None
+
+
+def test_memory_is_measured_in_a_process_of_its_own():
+    peak = memory.measure("ours", workload.tiny(97), pairs=2)
+    assert 0 < peak.before <= peak.peak
+
+
+def test_flops_count_each_distinct_token_once():
+    setting = workload.tiny(97)
+    tree = Tree([5, 6, 7], [[8, 1], [9, 1]])
+    layer = 2 * (4 * 32 * 32 + 3 * 32 * 48)
+    seen = (1 + 2 + 3) + 4 + 4  # the prompt's tokens, and one fed token of each response
+    forward = 2 * layer * 5 + 2 * 4 * 32 * seen + 2 * 32 * 97 * 4
+    assert math.isclose(workload.needed_flops(setting, [tree]), 3 * forward)
+
+
+def test_all_pairs_of_four_responses_make_one_tree():
+    trees = workload.trees(workload.tiny(97), 2, 4)
+    rows = workload.all_pairs(trees)
+    assert len(rows) == 12
+    assert trees_of(rows).trees == trees
