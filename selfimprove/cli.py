@@ -150,6 +150,28 @@ def plan(
 
 
 @app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a TOML file.")],
+    settings: Annotated[
+        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe, again and again.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe, its data and its model, and rehearse the first training step; needs no GPU."""
+    from selfimprove import recipe as recipes
+    from selfimprove.preflight import rehearse
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    chosen = recipes.absolute(recipes.load(recipes.find(recipe), settings))
+    found = rehearse(chosen)
+    if as_json:
+        _json([one._asdict() for one in found])
+        return
+    for one in found:
+        print(f"ok    {one.what}: {one.found}")
+
+
+@app.command()
 def status(run: RunName, as_json: AsJson = False) -> None:
     """State, rows, seconds and scores of every iteration."""
     from selfimprove.status import summary

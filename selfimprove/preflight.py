@@ -1,12 +1,15 @@
-"""Whatever can be known to be wrong before a model is loaded."""
+"""Whatever can be known to be wrong before a model is loaded; and a rehearsal with the model, on the CPU."""
 
 import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from selfimprove import chat, data
 from selfimprove.errors import UserError
 from selfimprove.models import locate_model
 from selfimprove.recipe import Recipe
 from selfimprove.stages import evaluate, label
+from selfimprove.training.job import PairRow
 
 
 def check(chosen: Recipe) -> None:
@@ -21,9 +24,7 @@ def check(chosen: Recipe) -> None:
     label.check(chosen.label)
     evaluate.check(chosen.evaluate)
     fits_together(chosen)
-    from selfimprove.training import losses
-
-    losses.of(chosen.train)
+    trainable(chosen)
     directory = locate_model(chosen.model.path)
     positions = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
     if positions is not None and chosen.engine.max_model_len > positions:
@@ -48,6 +49,56 @@ def check(chosen: Recipe) -> None:
             f"{len(shared)} prompts of data.seeds stand in data.heldout too, the first is '{shared[0].prompt_id}'",
             "remove them from one of the files: what is trained on cannot be held out",
         )
+
+
+def trainable(chosen: Recipe) -> None:
+    """Settings of the training that cannot work, said before any model is loaded.
+
+    Raises:
+        UserError: the first that is found.
+    """
+    from selfimprove.training import losses, noise, trackers
+
+    section = chosen.train
+    bound = losses.of(section)
+    for name in chosen.machine.trackers:
+        trackers.module_of(name)
+    used = [
+        section.optimizer,
+        *([chosen.synthesize.generator] if chosen.synthesize else []),
+        *([chosen.improve.improver] if chosen.improve else []),
+        *([chosen.control.optimizer] if chosen.control else []),
+    ]
+    quantized = any(one.adapter and one.adapter.quantize for one in used)
+    for wrong, sentence, hint in [
+        (
+            bool(bound.needs & {"win_rates", "win_probabilities"}) and chosen.label.judge is None,
+            "this loss needs scores of the answers, and [label] has no judge",
+            "add label.judge, or choose another loss",
+        ),
+        (
+            section.noise is not None and bound.references != 1,
+            "train.noise needs a loss with exactly one reference",
+            'for example train.loss = { name = "dpo", beta = 0.1 }',
+        ),
+        (
+            section.noise is not None and section.noise.scale >= noise.LIMIT * section.noise.bound,
+            f"train.noise.scale must be below {noise.LIMIT:g} times train.noise.bound",
+            "a smaller scale or a larger bound",
+        ),
+        (
+            section.chunks is not None and bound.state is not None,
+            "train.chunks starts each chunk with a fresh loss, and this one remembers earlier steps",
+            "choose a loss without a queue or running mean, or drop train.chunks",
+        ),
+        (
+            quantized and chosen.machine.sharding == "fsdp",
+            "adapter.quantize cannot be sharded",
+            'set machine.sharding = "ddp"',
+        ),
+    ]:
+        if wrong:
+            raise UserError(sentence, hint)
 
 
 def fits_together(chosen: Recipe) -> None:
@@ -109,3 +160,94 @@ def fits_together(chosen: Recipe) -> None:
     ]:
         if wrong:
             raise UserError(sentence, hint)
+
+
+class Rehearsed(NamedTuple):
+    """One thing that was tried out."""
+
+    what: str
+    found: str
+
+
+def rehearse(chosen: Recipe) -> list[Rehearsed]:
+    """`check`, and the training's own checks on the seeds as rows: a gold answer against another seed's.
+
+    Raises:
+        UserError: what would stop the run, or make it wrong, hours later.
+    """
+    from selfimprove.training.rows import admit
+
+    check(chosen)
+    seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
+    model = locate_model(chosen.model.path)
+    rendered = chat.Chat(model)
+    others = [*seeds[1:], seeds[0]]
+    rows = [
+        PairRow(
+            seed.prompt_id,
+            rendered.prompt_ids(seed.prompt),
+            rendered.completion_ids(seed.prompt, seed.completion),
+            rendered.completion_ids(seed.prompt, other.completion),
+        )
+        for seed, other in zip(seeds, others, strict=True)
+    ]
+    dropped: list[str] = []
+    bos = rendered.tokenizer.bos_token_id
+    kept = admit(rows, chosen.train.optimizer, rendered.stop_token_ids, bos, lambda row, why: dropped.append(why))
+    ended = sum(row.chosen_ids[-1] in rendered.stop_token_ids for row in kept)
+    return [
+        Rehearsed("recipe, data and model", "fit together"),
+        Rehearsed("rows", f"{len(kept)} of {len(rows)} can be trained on, {len(dropped)} dropped, none truncated"),
+        Rehearsed("end token", f"trained in {ended} of {len(kept)} chosen answers"),
+        Rehearsed("prompt", "the template renders it as a prefix of prompt and answer, with at most one BOS"),
+        *_first_step(chosen, model, kept[: min(8, chosen.train.optimizer.batch_size)]),
+    ]
+
+
+def _first_step(chosen: Recipe, model: Path, rows: list[PairRow]) -> list[Rehearsed]:
+    """The packed forward against the plain one, and the loss where policy and reference are the same."""
+    import torch
+    import transformers
+
+    from selfimprove.training import losses
+    from selfimprove.training.logps import Scorer, choose_mode, sums
+    from selfimprove.training.packing import trees_of
+
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    scorer = Scorer(loaded.eval())
+    shared = trees_of(rows)
+    tried = choose_mode(scorer, shared.trees)
+    forward = (
+        f"equals plain rows to {tried.difference:.1e} nats a token"
+        if tried.mode == "packed"
+        else f"is wrong for this model ({tried.why}): training uses padded rows"
+    )
+    bound = losses.of(chosen.train)
+    found = [Rehearsed("packed forward", forward)]
+    if bound.references != 1 or bound.needs:
+        return found  # no single value to compare with
+    packed = scorer.pack(shared.trees)
+    with torch.no_grad():
+        ours = sums(scorer(packed).logps, packed)
+        scorer.use("padded")
+        plain = sums(scorer(packed).logps, packed)
+
+    def loss(policy: torch.Tensor) -> float:
+        q = losses.Quantities(
+            policy_chosen_logps=policy[shared.chosen],
+            policy_rejected_logps=policy[shared.rejected],
+            reference_chosen_logps=plain[shared.chosen],
+            reference_rejected_logps=plain[shared.rejected],
+            chosen_tokens=torch.tensor([float(len(row.chosen_ids)) for row in rows]),
+            rejected_tokens=torch.tensor([float(len(row.rejected_ids)) for row in rows]),
+        )
+        fresh = losses.of(chosen.train)  # its state must be that of the first step both times
+        return fresh.function(fresh.state.before(q) if fresh.state else q).mean().item()
+
+    measured, analytic = loss(ours), loss(plain)
+    if not abs(measured - analytic) <= 1e-3 * max(1.0, abs(analytic)):
+        raise UserError(
+            f"the loss begins at {measured:.6g}, and at {analytic:.6g} where policy and reference are the same numbers",
+            "the model's forward is not reproducible; try another dtype or attention implementation",
+        )
+    return [*found, Rehearsed("loss at the first step", f"{measured:.6f}, analytically {analytic:.6f}")]

@@ -97,7 +97,7 @@ class Adapter(Section):
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
-    target_modules: list[str] | None = None  # unset = every linear layer but the head
+    target_modules: list[str] | None = Field(None, min_length=1)  # unset = every linear layer but the head
     quantize: Literal["nf4"] | None = None
 
 
@@ -168,9 +168,9 @@ class Noise(Section):
     """DNPO's noise on the reference's logits of the rejected answer (arXiv 2502.05400), or one of its two controls."""
 
     kind: Literal["trainable", "fixed_sigma", "constant_margin"] = "trainable"
-    scale: float = Field(0.5, gt=0)  # c, sigma where the net says nothing
+    scale: float = Field(0.5, gt=0)  # c, sigma where the net says nothing; well below the bound
     alpha: float = Field(1.0, ge=0)  # weight of the mean sigma
-    bound: float = Field(4.0, gt=0)  # largest sigma
+    bound: float = Field(4.0, gt=0)  # largest sigma; a mean near it stops the training
     learning_rate: float | None = Field(None, gt=0)  # of the noise net; unset = the policy's
     sigma: float = Field(0.5, ge=0)  # fixed_sigma
     margin: float = Field(1.0, ge=0)  # constant_margin, in nats

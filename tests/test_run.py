@@ -18,6 +18,7 @@ import transformers
 
 from selfimprove import plan, recipe, records, store
 from selfimprove.data import SHIPPED, read_heldout, read_seeds
+from selfimprove.stages.io import MEASURED
 from tests.conftest import SMALL, selfimprove
 
 TINY = [
@@ -47,11 +48,16 @@ def keys(run: Path) -> dict[str, str]:
     }
 
 
-def contents(run: Path) -> dict[str, str]:
-    found = {}
+def contents(run: Path) -> dict[str, object]:
+    """The hash of every output; of metrics the lines themselves, less what is measured of the machine."""
+    found: dict[str, object] = {}
     for manifest in run.glob("iter-*/*/manifest.json"):
         for output in json.loads(manifest.read_text())["outputs"]:
-            found[f"{manifest.parent.relative_to(run)}/{output['path']}"] = output["sha256"]
+            name = f"{manifest.parent.relative_to(run)}/{output['path']}"
+            found[name] = output["sha256"]
+            if name.endswith("metrics.jsonl"):
+                steps = [json.loads(line) for line in (run / name).read_text().splitlines()]
+                found[name] = [{k: v for k, v in step.items() if k not in MEASURED} for step in steps]
     return found
 
 

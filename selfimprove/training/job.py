@@ -23,7 +23,8 @@ class PairRow(NamedTuple):
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    win_rates: tuple[float, float] | None = None  # of chosen and rejected against the prompt's samples (SPPO)
+    # SPPO: how often chosen and rejected win against the prompt's samples, and chosen against rejected
+    win_rates: tuple[float, float, float] | None = None
 
 
 def example(row_id: str, prompt_ids: list[int], completion_ids: list[int]) -> PairRow:

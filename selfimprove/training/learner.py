@@ -52,7 +52,7 @@ def lay_out(pairs: Sequence[PairRow], mismatched: bool = False) -> Batch:
     trees = list(shared.trees)
     count = sum(len(tree.responses) for tree in trees)
     foreign: list[int] = []
-    if mismatched and len(pairs) > 1:
+    if mismatched:
         trees += [Tree(a.prompt_ids, [b.chosen_ids]) for a, b in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
         foreign = list(range(count, count + len(pairs)))
     first, total = [], 0
@@ -279,6 +279,7 @@ class Learner:
             second_rejected_logps=references[1][rejected] if len(references) > 1 else None,
             chosen_win_rates=known[:, 0] if given else None,
             rejected_win_rates=known[:, 1] if given else None,
+            win_probabilities=known[:, 2] if given else None,
             chosen_concentration=columns.concentration[chosen] if self.scorer.measure else None,
             rejected_concentration=columns.concentration[rejected] if self.scorer.measure else None,
             mismatched_policy_logps=columns.policy[foreign] if batch.mismatched else None,

@@ -403,9 +403,7 @@ def of(section: Train, seed: int = 0) -> Bound:
     given: Choice | Sequence[Choice] = section.loss
     bound = _bound(given, seed) if isinstance(given, Choice) else _mixed(given, seed)
     what = f"loss '{given.name}'" if isinstance(given, Choice) else f"the mix {' + '.join(c.name for c in given)}"
-    references = getattr(section, "references", None)
-    if references is None:
-        references = () if section.reference is None else (section.reference,)
+    references = section.references
     wanted, named = ("no reference", "a reference", "two references")[bound.references], len(references) or "none"
     if len(references) < bound.references:
         hint = 'set train.reference, for example to "initial"'

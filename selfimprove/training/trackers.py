@@ -93,11 +93,16 @@ def open_trackers(names: Sequence[str], directory: Path, run_name: str, config: 
     Raises:
         UserError: a name that is not known, or a package that is not installed.
     """
-    modules = [_module(name) for name in names]
+    modules = [module_of(name) for name in names]
     return [TRACKERS[name][1](module, directory, run_name, config) for name, module in zip(names, modules, strict=True)]
 
 
-def _module(name: str) -> Any:
+def module_of(name: str) -> Any:
+    """The module that a tracker needs.
+
+    Raises:
+        UserError: no such tracker, or its package is not installed.
+    """
     if name not in TRACKERS:
         raise UserError(f"no tracker is called {name}", f"known: {', '.join(TRACKERS)}")
     try:

@@ -284,7 +284,11 @@ class _Log:
         """One optimiser step."""
         self.lines += 1
         if self.first:
-            about = {"packed": float(self.mode == "packed"), "processes": self.processes, "peak_memory_mib": _peak_mib()}
+            about = {
+                "packed": float(self.mode == "packed"),
+                "processes": self.processes,
+                "peak_memory_mib": _peak_mib(),
+            }
             line = {"step": self.lines, **metrics, **about}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

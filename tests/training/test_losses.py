@@ -399,11 +399,6 @@ def test_what_cannot_work_is_refused_with_a_hint(loss, references, says):
     assert raised.value.hint
 
 
-def test_a_reference_by_its_old_key_counts():
-    section = SimpleNamespace(loss=Choice(name="dpo"), reference="initial")
-    assert losses.of(section).references == 1
-
-
 def test_shown_rewards_are_log_ratios_or_mean_log_probs():
     q = _quantities()
     for found, expected in zip(losses.reward_margins(q), q.rewards(), strict=True):
