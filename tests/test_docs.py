@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from selfimprove import recipe
 from selfimprove.store import Manifest
 from tests.conftest import selfimprove
 from tests.paths import ROOT
@@ -28,11 +31,20 @@ def test_the_tutorial_runs_as_it_is_written(in_tmp, monkeypatch):
     assert (in_tmp / "runs/trial").is_dir()
 
 
-def test_the_command_line_page_is_what_the_program_says():
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+@pytest.mark.parametrize("page", ["cli", "losses"])
+def test_a_generated_page_is_what_the_program_says(page):
+    spec = importlib.util.spec_from_file_location(f"make_{page}", ROOT / "docs" / f"make_{page}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == module.text(), "run `make docs`"
+    assert (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") == module.text(), "run `make docs`"
+
+
+def test_the_training_page_names_every_setting():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for section in (recipe.Train, recipe.Optimizer, recipe.Noise, recipe.Chunks, recipe.Sync):
+        for field in section.model_fields:
+            if field not in ("start", "pairs", "optimizer", "steps", "bound", "sigma", "margin", "number"):
+                assert field in page, field
 
 
 def test_every_recipe_and_command_of_the_readme_exists():
