@@ -164,12 +164,18 @@ class Learner:
         metrics = self._update(batch, loss, columns)
         return metrics | self._shown(batch, columns, time.perf_counter() - began)
 
-    def probe(self, pairs: Sequence[PairRow]) -> None:
-        """Run the largest tree of these pairs forward and backward and forget it, so that memory runs out now."""
+    def load(self, pairs: Sequence[PairRow]) -> int:
+        """Tokens of the largest micro-batch that a step of these pairs has on any process."""
         batch = lay_out(pairs, "mismatched" in self.bound.needs)
-        largest = max(range(len(batch.trees)), key=lambda i: self.scorer.cost(batch.trees[i]))
+        sizes = [self.scorer.cost(tree) for tree in batch.trees]
+        return max(sum(sizes[i] for i in group) for groups in self._plans(batch, range(len(sizes))) for group in groups)
+
+    def probe(self, pairs: Sequence[PairRow]) -> None:
+        """Run the largest micro-batch of a step of these pairs and forget it, so that memory runs out now."""
+        batch = lay_out(pairs, "mismatched" in self.bound.needs)
+        largest = max(self._groups(batch), key=lambda group: sum(self.scorer.cost(batch.trees[i]) for i in group))
         columns = self._columns(batch)
-        scored = self._score(batch, [largest], columns)
+        scored = self._score(batch, largest, columns)
         nothing = Gradient(
             torch.zeros_like(columns.policy), torch.zeros_like(columns.noise), columns.policy.new_zeros(())
         )
@@ -190,15 +196,18 @@ class Learner:
         return self._spread(batch, foreign) if foreign else []
 
     def _spread(self, batch: Batch, trees: list[int]) -> list[list[int]]:
-        shares = share([self.scorer.cost(batch.trees[i]) for i in trees], self.world.size)
-        every = []
-        for part in shares:
-            mine = [trees[i] for i in part]
-            groups = self.scorer.micro_batches([batch.trees[i] for i in mine], self.machine.train_tokens)
-            every.append([[mine[i] for i in group] for group in groups])
-        most = max(map(len, every))
+        every = self._plans(batch, trees)
         here = every[self.world.rank]
-        return here + [[] for _ in range(most - len(here))]
+        return here + [[] for _ in range(max(map(len, every)) - len(here))]
+
+    def _plans(self, batch: Batch, trees: Sequence[int]) -> list[list[list[int]]]:
+        """Micro-batches of trees for every process."""
+        every = []
+        for part in share([self.scorer.cost(batch.trees[i]) for i in trees], self.world.size):
+            own = [trees[i] for i in part]
+            groups = self.scorer.micro_batches([batch.trees[i] for i in own], self.machine.train_tokens)
+            every.append([[own[i] for i in group] for group in groups])
+        return every
 
     def _pairs_of(self, batch: Batch, group: list[int]) -> list[int]:
         inside = {batch.first[i] + k for i in group for k in range(len(batch.trees[i].responses))}

@@ -153,7 +153,7 @@ def choose_mode(scorer: Scorer, trees: Sequence[Tree]) -> SelfTest:
     Raises:
         UserError: the model does more to its logits than the head knows, so that either form would be wrong.
     """
-    tolerance = TOLERANCE[scorer.dtype]
+    tolerance = _tolerance(scorer)
     scorer.use("padded")
     with _perturbed(scorer.model), torch.no_grad():
         _check_head(scorer, trees)
@@ -172,6 +172,11 @@ def choose_mode(scorer: Scorer, trees: Sequence[Tree]) -> SelfTest:
     return SelfTest("padded", difference, why or f"log-probs differ by {difference:.3g} nats")
 
 
+def _tolerance(scorer: Scorer) -> float:
+    """Of the narrowest dtype at work: a quantised base computes in bfloat16 whatever the log-probs are asked in."""
+    return max(TOLERANCE[scorer.dtype], TOLERANCE[scorer.model.get_output_embeddings().weight.dtype])
+
+
 def _check_head(scorer: Scorer, trees: Sequence[Tree]) -> None:
     """Our log-probs of a few tokens, in padded mode, against those of the model's own logits."""
     prompt, response = next((t.prompt_ids, r) for t in trees for r in t.responses if r)
@@ -182,7 +187,7 @@ def _check_head(scorer: Scorer, trees: Sequence[Tree]) -> None:
         logits = scorer.model(row, use_cache=False).logits[0, :-1]
     own = logits.float().log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
     difference = (scorer(packed).logps - own).abs().max().item()
-    if not difference <= TOLERANCE[scorer.dtype]:
+    if not difference <= _tolerance(scorer):
         raise UserError(
             f"{type(scorer.model).__name__} does something to its logits that training does not know: its log-probs "
             f"differ by {difference:.3g} nats from those of its hidden states and output embeddings",

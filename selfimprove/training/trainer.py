@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -44,7 +45,7 @@ def fit(job: Job, world: World) -> dict[str, float]:
     if job.machine.threads is not None:
         torch.set_num_threads(job.machine.threads)
     policy = _policy(job, world)
-    mode = _mode(job, policy)
+    mode = _mode(job, policy, world)
     module = _wrapped(policy, job, world)
     shown: dict[str, float] = {}
     resumed = checkpoint.latest(job.scratch)
@@ -73,7 +74,7 @@ def fit(job: Job, world: World) -> dict[str, float]:
     finally:
         log.close()
     _save(job, policy, module, world)
-    return shown
+    return shown | {"packed": float(mode == "packed")}
 
 
 def _policy(job: Job, world: World) -> Scorer:
@@ -115,12 +116,15 @@ def _without_dropout(model: Any) -> None:
             module.attention_dropout = 0.0
 
 
-def _mode(job: Job, policy: Scorer) -> Mode:
+def _mode(job: Job, policy: Scorer, world: World) -> Mode:
     """The forward for this model, tried out on the longest tree and some others of the run's own rows."""
     trees = trees_of(job.rows).trees
     longest = max(trees, key=size)
     sample = [longest, *random.Random(job.seed).sample(trees, min(SAMPLE - 1, len(trees)))]
-    return choose_mode(policy, sample).mode
+    tried = choose_mode(policy, sample)
+    if tried.why and world.first:
+        warnings.warn(f"packed trees are wrong for this model ({tried.why}): training pads rows instead", stacklevel=2)
+    return tried.mode
 
 
 def _wrapped(scorer: Scorer, job: Job, world: World) -> torch.nn.Module:
@@ -234,9 +238,8 @@ def _batches(rows: Sequence[PairRow], settings: recipe.Optimizer, seed: str) -> 
 
 def _probe(learner: Learner, batches: list[list[PairRow]]) -> None:
     """The largest micro-batch of the whole training first: memory that will not last runs out in the first minute."""
-    largest = max(batches, key=lambda batch: max(learner.scorer.cost(tree) for tree in trees_of(batch).trees))
     with _memory(learner):
-        learner.probe(largest)
+        learner.probe(max(batches, key=learner.load))
 
 
 def _step(learner: Learner, batch: list[PairRow], *, first: bool) -> dict[str, float]:

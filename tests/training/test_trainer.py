@@ -15,6 +15,7 @@ from selfimprove.store import model_identity
 from selfimprove.training import launch
 from selfimprove.training.job import example
 from selfimprove.training.learner import TrainingFailed
+from selfimprove.training.logps import Scorer
 from selfimprove.training.noise import NoiseDiverged
 from selfimprove.training.trainer import _batches
 from tests.training.conftest import MODEL, job, lines, weights
@@ -224,3 +225,28 @@ class TestAfterwards:
         assert [e.value for e in read.Scalars("loss")] == pytest.approx(
             [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         )
+
+    def test_qlora_is_merged_into_full_precision(self, tmp_path, pairs):
+        adapter = {"rank": 4, "alpha": 8.0, "quantize": "nf4"}
+        last, found = trained(tmp_path, pairs, SIMPO, adapter=adapter, learning_rate=1e-2)
+        start = transformers.AutoModelForCausalLM.from_pretrained(MODEL).state_dict()
+        same = [name for name in found if torch.equal(found[name], start[name])]
+        assert "model.embed_tokens.weight" in same  # not the bfloat16 copy that was trained beside
+        assert len(same) < len(found)
+        assert {t.dtype for t in found.values()} == {torch.float32}
+        assert last["rewards/margins"] > lines(tmp_path)[0]["rewards/margins"]
+
+
+def test_the_largest_micro_batch_runs_first(tmp_path, pairs, monkeypatch):
+    seen = []
+    score = Scorer.forward
+
+    def watched(scorer, packed):
+        if torch.is_grad_enabled():
+            seen.append(packed.input_ids.shape[1])
+        return score(scorer, packed)
+
+    monkeypatch.setattr(Scorer, "forward", watched)
+    trained(tmp_path, pairs, SIMPO, machine={"train_tokens": 100})
+    assert len(seen) > 7
+    assert seen[0] == max(seen)

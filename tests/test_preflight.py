@@ -1,0 +1,58 @@
+"""A recipe that cannot work is refused before any model is loaded; one that can is rehearsed."""
+
+import json
+import sys
+
+import pytest
+
+from tests.conftest import selfimprove
+from tests.paths import ROOT
+
+RECIPES = sorted(path.stem for path in (ROOT / "pipelines").glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_shipped_recipe_passes(name):
+    result = selfimprove("check", name, "--json")
+    assert result.code == 0, result.err
+    found = {entry["what"]: entry["found"] for entry in json.loads(result.out)}
+    assert found["rows"] == "650 of 650 can be trained on, 0 dropped, none truncated"
+    assert found["end token"] == "trained in 650 of 650 chosen answers"
+    assert "equals plain rows" in found["packed forward"]
+
+
+def test_the_first_loss_is_log_2_for_spin():
+    found = {e["what"]: e["found"] for e in json.loads(selfimprove("check", "spin", "--json").out)}
+    assert found["loss at the first step"] == "0.693147, analytically 0.693147"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says", "hint"),
+    [
+        (["train.loss.name=dppo"], "unknown loss 'dppo'", "dpo_norm"),
+        (["train.loss.gamma=1.0"], "parameter 'gamma'", "beta, label_smoothing"),
+        (['train.loss.beta="high"'], "parameter 'beta'", "beta, label_smoothing"),
+        (["train.loss.beta=-1.0"], "parameter 'beta'", "beta, label_smoothing"),
+        (['train.reference=["initial", "previous"]'], "uses a reference", "train.reference"),
+        (['train.loss={name="simpo"}'], "uses no reference", "train.reference"),
+        (['train.loss={name="sppo"}'], "needs scores of the answers", "label.judge"),
+        (['train.loss=[{name="dpo", weight=0.5}, {name="sft", weight=0.6}]'], "sum to 1.1", "sum to 1"),
+        (['train.reference="ema"'], "'ema' and ema_decay go together", "known keys"),
+        (["train.chunks.number=2", "train.reference_sync.steps=4"], "chunks go with neither", "known keys"),
+        (["train.noise.scale=3.9"], "below 0.75 times train.noise.bound", "smaller scale"),
+        (['train.loss={name="mrpo"}', 'train.reference=["initial", "previous"]', "train.noise.alpha=1.0"],
+         "noise needs exactly one reference", "known keys"),
+        (["train.optimizer.adapter.quantize=nf4", "machine.sharding=fsdp"], "cannot be sharded", "ddp"),
+        (['machine.trackers=["wandb"]'], "needs a package that is not installed", "selfimprove[wandb]"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(settings, says, hint, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    result = selfimprove("check", "spin", *(part for s in settings for part in ("--set", s)))
+    assert result.code == 1, result.err
+    assert says in result.err
+    assert hint in result.err
+    assert "Traceback" not in result.err
