@@ -62,6 +62,12 @@ class Scorer(torch.nn.Module):
         device: torch.device = next(self.model.parameters()).device
         return device
 
+    @property
+    def body(self) -> Any:
+        """The model without its head."""
+        found = self.model.get_decoder()
+        return self.model.model if found is self.model else found  # Llama 4's text model calls itself its decoder
+
     def forward(self, packed: Packed) -> TokenLogps:
         """Score one micro-batch."""
         with torch.autocast(packed.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -73,8 +79,7 @@ class Scorer(torch.nn.Module):
         return TokenLogps(logps, concentration, hidden)
 
     def _states(self, packed: Packed) -> Tensor:
-        body = self.model.get_decoder()
-        body = self.model.model if body is self.model else body  # Llama 4's text model calls itself its decoder
+        body = self.body
         if self.mode == "padded":
             return _padded(body, packed.trees, packed.input_ids.device)
         tree = attention.structure(packed.spans, packed.input_ids.device)

@@ -128,7 +128,7 @@ def _mode(job: Job, policy: Scorer, world: World) -> Mode:
 
 
 def _wrapped(scorer: Scorer, job: Job, world: World) -> torch.nn.Module:
-    layers = list(scorer.model.get_decoder().layers) if job.machine.sharding == "fsdp" else []
+    layers = list(scorer.body.layers) if job.machine.sharding == "fsdp" else []
     return distributed.wrap(scorer, layers, job.machine.sharding, world, scorer.dtype)
 
 
