@@ -155,8 +155,8 @@ class Sources:
         manifest = read_manifest(self.run.path / iteration / name)
         if manifest is None:
             return None
-        if not inside:
-            return key_of({o.path: o.sha256 for o in manifest.outputs})
+        if not inside:  # metrics hold what was measured of the machine; no stage reads them
+            return key_of({o.path: o.sha256 for o in manifest.outputs if not o.path.endswith("metrics.jsonl")})
         files = {
             o.path.removeprefix(f"{inside[0]}/"): o.sha256 for o in manifest.outputs if o.path.startswith(inside[0])
         }
