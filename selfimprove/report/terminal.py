@@ -70,7 +70,8 @@ class Watcher:
         elif now - self._said.get(f"line {what}", first) > 10 and done < total:
             self._said[f"line {what}"] = now
             left = (now - first) * (total - done) / max(1, done)
-            self.console.print(f"  {self._where} {what}: {done}/{total} {rate}, {left:.0f} s left", highlight=False)
+            line = f"  {self._where} {what}: {done}/{total} {rate}, {left:.0f} s left"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def stopping(self) -> None:
         """See run.Display."""
