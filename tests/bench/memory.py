@@ -1,10 +1,12 @@
 """Peak memory of training, each variant in a process of its own: what one freed, another would not count.
 
-On CPU it is the resident set's high-water mark, set back after construction; on a GPU the allocator's peak.
+On CPU it is the resident set's high-water mark, set back after construction; on a GPU the allocator's peak. Tensors get
+pages of their own, given back when they are freed, so that holes in the heap do not count on either side.
 """
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +37,9 @@ class Peak(NamedTuple):
 def measure(variant: str, setting: Setting, pairs: int) -> Peak:
     """Two steps of `pairs` pairs each, in a fresh process."""
     job = json.dumps([variant, setting._asdict(), pairs])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.memory", job], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
+    command = [sys.executable, "-m", "tests.bench.memory", job]
+    own_pages = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
+    done = subprocess.run(command, cwd=ROOT, env=own_pages, stdout=subprocess.PIPE, text=True, check=True)
     return Peak(*json.loads(done.stdout.splitlines()[-1]))
 
 
