@@ -92,6 +92,12 @@ def trainable(chosen: Recipe) -> None:
             "choose a loss without a queue or running mean, or drop train.chunks",
         ),
         (
+            section.optimizer.adapter is not None
+            and ("ema" in section.references or section.reference_sync is not None),
+            "a reference that moves with the whole weights needs a policy without adapter",
+            "drop train.optimizer.adapter, or reference_sync and the reference 'ema'",
+        ),
+        (
             quantized and chosen.machine.sharding == "fsdp",
             "adapter.quantize cannot be sharded",
             'set machine.sharding = "ddp"',

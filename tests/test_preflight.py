@@ -43,6 +43,7 @@ def test_the_first_loss_is_log_2_for_spin():
         (['train.loss={name="mrpo"}', 'train.reference=["initial", "previous"]', "train.noise.alpha=1.0"],
          "noise needs exactly one reference", "known keys"),
         (["train.optimizer.adapter.quantize=nf4", "machine.sharding=fsdp"], "cannot be sharded", "ddp"),
+        (["train.optimizer.adapter.rank=4", "train.reference_sync.steps=4"], "moves with the whole weights", "adapter"),
         (['machine.trackers=["wandb"]'], "needs a package that is not installed", "selfimprove[wandb]"),
     ],
 )  # fmt: skip

@@ -146,6 +146,15 @@ class TestResume:
         after = {path: path.stat().st_mtime_ns for path in fake_run.rglob("*") if path.is_file()}
         assert {p.name for p in after if before.get(p) != after[p]} <= {".lock"}
 
+    def test_a_row_too_long_for_a_helper_models_training_is_counted_and_breaks_no_contract(self, tiny_data):
+        long = ["--set", "synthesize.generator.max_length=50", "--set", "synthesize.generator.max_dropped_share=1.0"]
+        result = selfimprove("iterate", "--run", "long", *TINY, *long)
+        assert result.code == 0, result.err
+        manifest = json.loads(Path("runs/long/iter-001/1-synthesize/manifest.json").read_text())
+        dropped = manifest["metrics"]["generator rows dropped"]
+        assert 0 < dropped["longer than max_length"] < 40
+        assert manifest["metrics"]["generator rows"] + dropped["longer than max_length"] == 40
+
     def test_asking_for_fewer_rounds_does_not_move_the_links_back(self, fake_run):
         result = selfimprove("iterate", "--run", "fake", "--rounds", "1", "--engine", "fake", *SMALL)
         assert result.code == 0, result.err

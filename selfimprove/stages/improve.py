@@ -73,7 +73,7 @@ def train_improver(io: StageIO, section: recipe.Improve, seeds: list[Seed], own:
             "no gold beats the policy's own answer by more than improve.min_gap: the improver has nothing to learn",
             "lower improve.min_gap, or add harder seeds",
         )
-    return io.train("training the response improver", examples, "initial", IMPROVER, section.improver)
+    return io.train("training the response improver", examples, "initial", IMPROVER, section.improver, quarantine=False)
 
 
 def _asked(row: Generation, prompt: str, prompt_token_ids: list[int]) -> Generation:

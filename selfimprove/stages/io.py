@@ -1,5 +1,6 @@
 """What a stage may see and do: its inputs and models by name, the engine, its seeds, and the artifact it writes."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,19 +108,28 @@ class StageIO:
         out: str,
         optimizer: recipe.Optimizer,
         preference: recipe.Train | None = None,
+        *,
+        quarantine: bool = True,
     ) -> Path:
         """Train the model called `start` on the rows and write `out`/ and its metrics; returns where.
 
-        Rows that cannot be trained on are quarantined. The engine gives the device's memory back before.
+        Rows that cannot be trained on are counted by reason, and quarantined where they are what the stage accounts
+        for. The engine gives the device's memory back before.
         """
         from selfimprove.training import launch
         from selfimprove.training.rows import admit
 
-        before = len(self.out.quarantined)
+        reasons: Counter[str] = Counter()
+
+        def dropped(row_id: str, reason: str) -> None:
+            reasons[reason] += 1
+            if quarantine:
+                self.out.quarantine(row_id, reason)
+
         bos = self.chat.tokenizer.bos_token_id
-        kept = admit(rows, optimizer, self.chat.stop_token_ids, bos, self.out.quarantine)
+        kept = admit(rows, optimizer, self.chat.stop_token_ids, bos, dropped)
         self.out.metrics[f"{out} rows"] = len(kept)
-        self.out.metrics[f"{out} rows dropped"] = len(self.out.quarantined) - before
+        self.out.metrics[f"{out} rows dropped"] = dict(reasons)
         self.open_engine().sleep()
         job = Job(
             rows=kept,

@@ -19,7 +19,7 @@ from selfimprove.errors import UserError
 from selfimprove.training import distributed, noise
 from selfimprove.training.distributed import World
 from selfimprove.training.job import PairRow, Tree
-from selfimprove.training.logps import EMPTY, Scorer, sums
+from selfimprove.training.logps import EMPTY, Scorer, sums, tolerance
 from selfimprove.training.losses import Bound, Quantities, reward_margins
 from selfimprove.training.packing import share, size, trees_of
 from selfimprove.training.player import Player
@@ -350,7 +350,7 @@ class Learner:
 
     def _agree(self, columns: Columns) -> None:
         for row in columns.references:
-            tokens = 1e-4 if self.scorer.dtype == torch.float32 else 0.05
+            tokens = 1e-4 if tolerance(self.scorer) <= 1e-4 else 0.05
             difference = (columns.policy - row).abs().max().item()
             if difference > tokens * max(1.0, columns.policy.abs().max().item()):
                 raise TrainingFailed(

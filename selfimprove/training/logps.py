@@ -158,7 +158,7 @@ def choose_mode(scorer: Scorer, trees: Sequence[Tree]) -> SelfTest:
     Raises:
         UserError: the model does more to its logits than the head knows, so that either form would be wrong.
     """
-    tolerance = _tolerance(scorer)
+    allowed = tolerance(scorer)
     scorer.use("padded")
     with _perturbed(scorer.model), torch.no_grad():
         _check_head(scorer, trees)
@@ -171,13 +171,13 @@ def choose_mode(scorer: Scorer, trees: Sequence[Tree]) -> SelfTest:
             difference, why = (together - plain).abs().max().item(), ""
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             difference, why = float("inf"), (str(error).splitlines() or [type(error).__name__])[0]
-    if difference <= tolerance:
+    if difference <= allowed:
         return SelfTest("packed", difference, "")
     scorer.use("padded")
     return SelfTest("padded", difference, why or f"log-probs differ by {difference:.3g} nats")
 
 
-def _tolerance(scorer: Scorer) -> float:
+def tolerance(scorer: Scorer) -> float:
     """Of the narrowest dtype at work: a quantised base computes in bfloat16 whatever the log-probs are asked in."""
     return max(TOLERANCE[scorer.dtype], TOLERANCE[scorer.model.get_output_embeddings().weight.dtype])
 
@@ -192,7 +192,7 @@ def _check_head(scorer: Scorer, trees: Sequence[Tree]) -> None:
         logits = scorer.model(row, use_cache=False).logits[0, :-1]
     own = logits.float().log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
     difference = (scorer(packed).logps - own).abs().max().item()
-    if not difference <= _tolerance(scorer):
+    if not difference <= tolerance(scorer):
         raise UserError(
             f"{type(scorer.model).__name__} does something to its logits that training does not know: its log-probs "
             f"differ by {difference:.3g} nats from those of its hidden states and output embeddings",

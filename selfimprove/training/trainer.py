@@ -79,8 +79,7 @@ def fit(job: Job, world: World) -> dict[str, float]:
 
 def _policy(job: Job, world: World) -> Scorer:
     adapter = job.optimizer.adapter
-    quantized = adapter is not None and adapter.quantize is not None
-    model = adapters.load_quantized(job.start.path) if quantized else _load(job.start.path, world)
+    model = _base(job.start.path, job, world)
     if adapter:
         adapters.attach(model, adapter)
     _without_dropout(model)
@@ -88,6 +87,15 @@ def _policy(job: Job, world: World) -> Scorer:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()  # else adapters alone leave nothing to differentiate at the first layer
     return _scorer(model, job)
+
+
+def _quantized(job: Job) -> bool:
+    return job.optimizer.adapter is not None and job.optimizer.adapter.quantize is not None
+
+
+def _base(directory: Path, job: Job, world: World) -> Any:
+    """A model in the numbers that policy and references share, else they would differ at the first step."""
+    return adapters.load_quantized(directory) if _quantized(job) else _load(directory, world)
 
 
 def _load(directory: Path, world: World) -> Any:
@@ -101,7 +109,7 @@ def _scorer(model: Any, job: Job) -> Scorer:
 
 def _frozen(directory: Path, job: Job, mode: Mode, world: World) -> Scorer:
     """A reference: the same forward as the policy's, no gradient."""
-    scorer = _scorer(_load(directory, world).eval().requires_grad_(False), job)
+    scorer = _scorer(_base(directory, job, world).eval().requires_grad_(False), job)
     scorer.use(mode)
     return scorer
 
@@ -142,6 +150,12 @@ def _learner(
         bound = Bound(losses.sft, 1.0, 0, False, frozenset(), None)
     else:
         bound = losses.of(section, job.seed)
+        unknown = sum(row.win_rates is None for row in rows) if bound.needs & {"win_rates", "win_probabilities"} else 0
+        if unknown:
+            raise UserError(
+                f"{unknown} of {len(rows)} pairs have no scores, and this loss needs them",
+                "a judge that scores the current policy's answers (label.judge), or another loss",
+            )
         for name in section.references:
             known.append(_reference(job, section, name, policy, module, rows, chunk, world))
         if section.noise and section.noise.kind == "constant_margin":
@@ -168,7 +182,7 @@ def _reference(
     world: World,
 ) -> Reference:
     trees = list(trees_of(rows).trees)
-    if section.noise is None and losses.of(section).needs >= {"mismatched"}:
+    if "mismatched" in losses.of(section).needs:
         trees += [tree for batch in _batches(rows, job.optimizer, f"{job.seed}/{chunk}") for tree in _foreign(batch)]
     if chunk > 0:  # sDPO: the policy at the start of the chunk, whose log-probs a resumed run must not score again
         store = references.Store(job.scratch / f"reference-{chunk}")
@@ -186,7 +200,8 @@ def _reference(
 
 
 def _cached(job: Job, source: Weights, trees: list[Any], mode: Mode, world: World) -> Cached:
-    store = references.place(job.cache, source.identity, job.optimizer.dtype, mode)
+    numbers = job.optimizer.dtype + ("/nf4" if _quantized(job) else "")
+    store = references.place(job.cache, source.identity, numbers, mode)
     known = store.read()
     if not references.missing(trees, known):
         return references.cached_from(known)

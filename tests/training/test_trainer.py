@@ -236,6 +236,24 @@ class TestAfterwards:
         assert {t.dtype for t in found.values()} == {torch.float32}
         assert last["rewards/margins"] > lines(tmp_path)[0]["rewards/margins"]
 
+    def test_qlora_begins_where_its_quantised_reference_is(self, tmp_path, pairs):
+        adapter = {"rank": 4, "alpha": 8.0, "quantize": "nf4"}
+        trained(tmp_path, pairs, DPO, adapter=adapter)
+        assert lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-2)
+
+
+def test_mismatched_answers_have_a_reference_beside_the_noise_too(tmp_path, pairs):
+    last, _ = trained(tmp_path, pairs, {**NOISE, "loss": {"name": "kto"}})
+    assert math.isfinite(last["loss"])
+
+
+def test_a_loss_that_needs_scores_says_so_where_they_are_unknown(tmp_path, pairs):
+    scored = [pair._replace(win_rates=(0.6, 0.4, 0.7)) for pair in pairs]
+    sppo = {"loss": {"name": "sppo"}, "reference": "previous"}
+    trained(tmp_path / "known", scored, sppo)
+    with pytest.raises(UserError, match="24 of 24 pairs have no scores"):
+        trained(tmp_path / "unknown", pairs, sppo)
+
 
 def test_the_largest_micro_batch_runs_first(tmp_path, pairs, monkeypatch):
     seen = []
