@@ -215,11 +215,13 @@ def _first_step(chosen: Recipe, model: Path, rows: list[PairRow]) -> list[Rehear
     import torch
     import transformers
 
-    from selfimprove.training import losses
+    from selfimprove.training import adapters, losses
     from selfimprove.training.logps import Scorer, choose_mode, sums
     from selfimprove.training.packing import trees_of
 
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if chosen.train.optimizer.adapter:
+        adapters.attach(loaded, chosen.train.optimizer.adapter)
     scorer = Scorer(loaded.eval())
     shared = trees_of(rows)
     tried = choose_mode(scorer, shared.trees)

@@ -26,6 +26,15 @@ def test_the_first_loss_is_log_2_for_spin():
     assert found["loss at the first step"] == "0.693147, analytically 0.693147"
 
 
+def test_the_rehearsal_attaches_the_adapter():
+    settings = ["--set", 'train.optimizer.adapter.target_modules=["q_proj"]']
+    assert selfimprove("check", "spin", *settings).code == 0
+    result = selfimprove("check", "spin", "--set", 'train.optimizer.adapter.target_modules=["nope"]')
+    assert result.code == 1
+    assert "target_modules names nope" in result.err
+    assert "q_proj" in result.err
+
+
 @pytest.mark.parametrize(
     ("settings", "says", "hint"),
     [

@@ -73,4 +73,6 @@ def train_generator(io: StageIO, section: recipe.Synthesize, seeds: list[Seed]) 
         raise UserError("no seed prompt has two keywords", "give data.seeds longer prompts")
     io.out.metrics["generator examples"] = len(examples)
     io.out.metrics["seeds without two keywords"] = len(seeds) - len(examples)
-    return io.train("training the prompt generator", examples, "initial", GENERATOR, section.generator, quarantine=False)
+    return io.train(
+        "training the prompt generator", examples, "initial", GENERATOR, section.generator, quarantine=False
+    )
