@@ -14,6 +14,7 @@ DEMO = Path(__file__).parent / "demo"
 SHIPPED = {
     "demo:model": DEMO / "model",
     "demo:seeds": DEMO / "data" / "seeds.jsonl",
+    "demo:seeds_bad_golds": DEMO / "data" / "seeds_bad_golds.jsonl",
     "demo:corpus": DEMO / "data" / "corpus.txt",
     "demo:heldout": DEMO / "data" / "heldout.jsonl",
 }
@@ -188,7 +189,12 @@ def locate(name: str, what: str) -> Path:
 def read_seeds(path: Path) -> list[Seed]:
     """Seed prompts with their gold answers."""
     rows = [
-        Seed(_text(row, "id", where, f"seed-{i:05d}"), _text(row, "prompt", where), _text(row, "completion", where))
+        Seed(
+            _text(row, "id", where, f"seed-{i:05d}"),
+            _text(row, "prompt", where),
+            _text(row, "completion", where),
+            _text(row, "source", where) if "source" in row else "",
+        )
         for i, (where, row) in enumerate(_jsonl(path))
     ]
     return _checked(rows, path)

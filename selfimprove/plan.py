@@ -11,7 +11,7 @@ from selfimprove import chat, data
 from selfimprove.errors import UserError
 from selfimprove.models import locate_model
 from selfimprove.recipe import Recipe, Section
-from selfimprove.stages import control, evaluate, generate, improve, label, synthesize, train
+from selfimprove.stages import control, discriminate, evaluate, generate, improve, label, sft, synthesize, train
 from selfimprove.store import (
     SCHEMA,
     Manifest,
@@ -57,9 +57,6 @@ def steps(recipe: Recipe) -> Iterator[Step]:
     def at(iteration: int, stage: str, inside: str = "") -> str:
         return f"iter-{iteration:03d}/{place[stage]}{inside}"
 
-    def policy(iteration: int) -> str:
-        return at(iteration, "train", f"/{train.POLICY}") if iteration > BASE else INITIAL
-
     base = f"iter-{BASE:03d}/1-evaluate"
     measured = {"heldout": heldout}
     yield Step(BASE, "1-evaluate", evaluate, recipe.evaluate, measured, {"policy": INITIAL}, True)
@@ -70,42 +67,73 @@ def steps(recipe: Recipe) -> Iterator[Step]:
             BASE, "3-control-evaluate", evaluate, recipe.evaluate, measured | {"base": base}, {"policy": tuned}, True
         )
 
+    start, before = INITIAL, base  # what round 1 starts from, and its scores
+    if recipe.sft:
+        start, before = f"iter-{BASE:03d}/4-sft/{sft.POLICY}", f"iter-{BASE:03d}/5-sft-evaluate"
+        yield Step(BASE, "4-sft", sft, recipe.sft, {"seeds": seeds}, {"initial": INITIAL}, recipe.sft.ratings)
+        yield Step(
+            BASE, "5-sft-evaluate", evaluate, recipe.evaluate, measured | {"base": base}, {"policy": start}, True
+        )
+
+    def policy(iteration: int, which: str = train.POLICY) -> str:
+        return at(iteration, "train", f"/{which}") if iteration > BASE else start
+
     for t in range(1, recipe.rounds + 1):
-        initial, current = INITIAL, policy(t - 1)
+        now = recipe.at(t)
+        initial, current, average = start, policy(t - 1), policy(t - 1, train.AVERAGE)
         prompts = {"seeds": seeds}
-        if recipe.synthesize:
+        if now.synthesize:
             earlier = {f"prompts-{k}": at(k, "synthesize") for k in range(1, t)}
             generator = {synthesize.GENERATOR: at(1, "synthesize", f"/{synthesize.GENERATOR}")} if t > 1 else {}
             yield Step(
-                t, place["synthesize"], synthesize, recipe.synthesize,
+                t, place["synthesize"], synthesize, now.synthesize,
                 {"seeds": seeds, "corpus": corpus, "heldout": heldout, **earlier}, {"initial": initial, **generator},
                 True,
             )  # fmt: skip
             prompts = {"prompts": at(t, "synthesize")}
 
-        models = {"current": current, "initial": initial}
-        used = models if recipe.generate.initial_n else {"current": current}
-        yield Step(t, place["generate"], generate, recipe.generate, prompts, used, True)
+        writers = {"current": average if now.generate.policy == "average" else current}
+        both = writers | {"initial": initial}
+        yield Step(
+            t, place["generate"], generate, now.generate, prompts, both if now.generate.initial_n else writers, True
+        )
 
         completions = {"generations": at(t, "generate")}
-        if recipe.improve:
-            yield Step(t, place["improve"], improve, recipe.improve, {"seeds": seeds, **completions}, models, True)
+        if now.improve:
+            yield Step(t, place["improve"], improve, now.improve, {"seeds": seeds, **completions}, both, True)
             completions |= {"refinements": at(t, "improve")}
+        golds = {} if now.synthesize else {"seeds": seeds}
+        if now.discriminate:
+            known = {f"labels-{k}": at(k, "discriminate") for k in range(1, t)}
+            last = {discriminate.DISCRIMINATOR: at(t - 1, "discriminate", f"/{discriminate.DISCRIMINATOR}")}
+            yield Step(
+                t, place["discriminate"], discriminate, now.discriminate, completions | golds | known,
+                {"initial": initial, **(last if t > 1 else {})}, True,
+            )  # fmt: skip
+            completions |= {"opinions": at(t, "discriminate")}
 
-        golds = {} if recipe.synthesize else {"seeds": seeds}
-        yield Step(t, place["label"], label, recipe.label, completions | golds, {"initial": initial}, False)
+        if golds and t > 1:  # a gold is judged once
+            completions |= {"earlier": at(t - 1, "label")}
+        asks = label.asks_models(now.label)
+        judges = {"initial": initial} | ({"current": current} if asks else {})
+        yield Step(t, place["label"], label, now.label, completions | golds, judges, asks)
 
-        first = {"current": t, "previous_and_current": max(1, t - 1), "all": 1}[recipe.train.pairs]
+        first = {"current": t, "previous_and_current": max(1, t - 1), "all": 1}[now.train.pairs]
         pairs = {f"pairs-{k}": at(k, "label") for k in range(first, t + 1)}
-        known = {"initial": initial, "previous": current, "path": f"model:{recipe.train.reference_path}"}
-        trained = {"start": known[recipe.train.start]}
-        trained |= {name: known[name] for name in recipe.train.references if name != "ema"}
-        if recipe.train.chunks:  # their order is by what the initial model finds easy
+        by_name = {"initial": initial, "previous": current, "average": average}
+        by_name["path"] = f"model:{now.train.reference_path}"
+        trained = {"start": by_name[now.train.start]}
+        trained |= {name: by_name[name] for name in now.train.references if name != "ema"}
+        if now.train.average:
+            trained["average"] = average
+        if now.train.chunks:  # their order is by what the initial model finds easy
             trained["initial"] = initial
-        yield Step(t, place["train"], train, recipe.train, pairs, trained, False)
+        yield Step(t, place["train"], train, now.train, pairs, trained, now.train.search is not None)
 
-        compared = {"base": base} | ({"previous": at(t - 1, "evaluate")} if t > 1 else {})
-        yield Step(t, place["evaluate"], evaluate, recipe.evaluate, measured | compared, {"policy": policy(t)}, True)
+        compared = {"base": base, "previous": at(t - 1, "evaluate") if t > 1 else before}
+        if compared["previous"] == base:
+            del compared["previous"]
+        yield Step(t, place["evaluate"], evaluate, now.evaluate, measured | compared, {"policy": policy(t)}, True)
 
 
 class Examined(NamedTuple):

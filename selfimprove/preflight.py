@@ -21,10 +21,13 @@ def check(chosen: Recipe) -> None:
     for name in ("seeds", "heldout", *(["corpus"] if chosen.synthesize else [])):
         path = data.locate(getattr(chosen.data, name), name)
         {"seeds": data.read_seeds, "heldout": data.read_heldout, "corpus": data.read_paragraphs}[name](path)
-    label.check(chosen.label)
     evaluate.check(chosen.evaluate)
-    fits_together(chosen)
-    trainable(chosen)
+    for iteration in range(1, chosen.rounds + 1):
+        now = chosen.at(iteration)
+        if iteration == 1 or now != chosen.at(iteration - 1):
+            label.check(now.label)
+            fits_together(now)
+            trainable(now)
     directory = locate_model(chosen.model.path)
     positions = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
     if positions is not None and chosen.engine.max_model_len > positions:

@@ -4,6 +4,7 @@ A recipe lists its stages and has one section per stage. Sections say WHAT to ma
 artifacts; `[machine]` says HOW (devices, memory) and enters none.
 """
 
+import functools
 import inspect
 import re
 import tomllib
@@ -18,7 +19,7 @@ from pydantic import Field
 
 from selfimprove.errors import UsageError, UserError
 
-STAGES = ("synthesize", "generate", "improve", "label", "train", "evaluate")
+STAGES = ("synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate")
 PACKAGE = Path(__file__).parent
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -123,6 +124,15 @@ class Synthesize(Section):
     prompts: int = Field(ge=1)  # keyword lists drawn, and generator samples taken, per iteration
     sampling: Sampling = Sampling(temperature=0.7)
     generator: Optimizer
+    noise_keyword: bool = True  # the generator learns on two own keywords and a foreign one; off = three own ones
+    max_similarity: float = Field(0.8, gt=0, le=1)  # Jaccard, of word trigrams; from here on a near duplicate
+    decontamination_ngram: int = Field(13, ge=1)  # words in a row that a prompt may not share with the held-out ones
+
+
+class Splice(Section):
+    """SAPO's segment-level rejected answer (arXiv 2405.20830): only a segment of the gold is generated anew."""
+
+    segment: int = Field(256, ge=1)  # tokens; what stands before and after it is the gold's
 
 
 class Generate(Section):
@@ -130,21 +140,43 @@ class Generate(Section):
 
     n: int = Field(ge=1)  # completions per prompt by the current policy
     initial_n: int = Field(0, ge=0)  # and by the initial one, where a method compares with it
+    policy: Literal["current", "average"] = "current"  # "average" = of the iterations' policies, see train.average
+    splice: Splice | None = None
     sampling: Sampling = Sampling()
 
 
 class Improve(Section):
     """Rewrites of the current policy's answers by an improver trained from the initial model (SynPO section 3.2)."""
 
+    kind: Literal["improver", "gold_distillation"] = "improver"  # the second, a control, never sees the draft
     min_gap: float = 0.0  # keep a seed triple when score(gold) - score(own answer) exceeds this
     n: int = Field(1, ge=1)  # rewrites per prompt, each of another draft
     sampling: Sampling = Sampling(temperature=0.7)
     improver: Optimizer
 
 
+class Discriminate(Section):
+    """D2PO's discriminator (arXiv 2405.01511), in its DPO form: trained on few gold labels, it scores all answers."""
+
+    judge: Choice  # gives the gold labels
+    labels: int = Field(ge=1)  # prompts that it judges per iteration
+    acquisition: Literal["confidence", "random"] = "confidence"  # the last discriminator's smallest score gap first
+    beta: float = Field(0.05, gt=0)
+    optimizer: Optimizer
+
+
+class Acquire(Section):
+    """Active preference learning (arXiv 2402.08114): which prompts are worth a label."""
+
+    by: Literal["entropy", "certainty", "random"]
+    prompts: int = Field(ge=1)  # labelled per iteration
+    beta: float = Field(0.2, gt=0)  # of the implicit reward that certainty compares
+
+
 class Label(Section):
     """Verdicts, and the rule that turns them into pairs."""
 
+    acquire: Acquire | None = None  # unset = all prompts are labelled
     judge: Choice | None = None  # not for rules that look at no score, as SPIN's
     pairing: Choice
     quota: int | None = Field(None, ge=1)  # pairs kept per iteration
@@ -160,6 +192,7 @@ class Sync(Section):
 class Chunks(Section):
     """sDPO (arXiv 2403.19270): steps inside one stage, each from and against the policy of the step before."""
 
+    by: Literal["pair", "source"] = "pair"  # "source": the pairs of one data source stay together, as in the paper
     number: int = Field(2, ge=2)
     order: Literal["easy_to_hard", "random", "given"] = "easy_to_hard"  # easy: M_0 prefers the chosen answer clearly
 
@@ -176,7 +209,21 @@ class Noise(Section):
     margin: float = Field(1.0, ge=0)  # constant_margin, in nats
 
 
-ReferenceName = Literal["initial", "previous", "ema", "path"]
+class Search(Section):
+    """SynPO's search for beta, on pairs of prompts kept out of the training until it is chosen."""
+
+    betas: list[float] = Field(min_length=2)
+    heldout_share: float = Field(0.1, gt=0, lt=1)
+
+
+class Replay(Section):
+    """SAPO's replay buffer: pairs drawn with weight 1 / (times drawn + 1), out of the last `capacity`."""
+
+    draws: int = Field(ge=1)  # per iteration
+    capacity: int = Field(2000, ge=1)
+
+
+ReferenceName = Literal["initial", "previous", "ema", "path", "average"]
 
 
 class Train(Section):
@@ -188,7 +235,10 @@ class Train(Section):
     reference_sync: Sync | None = None
     start: Literal["initial", "previous"] = "previous"
     pairs: Literal["current", "previous_and_current", "all"] = "current"  # of which iterations
+    replay: Replay | None = None
+    search: Search | None = None
     ema_decay: float | None = Field(None, gt=0, lt=1)  # of the average that the reference "ema" is
+    average: float | None = Field(None, gt=0, lt=1)  # average <- this * average + (1 - this) * policy, each iteration
     chunks: Chunks | None = None
     noise: Noise | None = None
     extrapolate: float | None = Field(None, gt=0)  # ExPO (arXiv 2404.16792): theta + alpha * (theta - start)
@@ -208,6 +258,9 @@ class Train(Section):
                 "reference 'path' and reference_path go together",
             ),
             (("ema" in self.references) != (self.ema_decay is not None), "reference 'ema' and ema_decay go together"),
+            ("average" in self.references and self.average is None, "reference 'average' needs train.average"),
+            (self.replay and self.pairs != "all", "replay draws from the pairs of all iterations: set pairs = 'all'"),
+            (self.search and isinstance(self.loss, list), "search needs one loss, not a mix"),
             (self.reference_sync and not self.references, "reference_sync needs a reference"),
             (self.reference_sync and "ema" in self.references, "reference_sync would overwrite the reference 'ema'"),
             (self.chunks and self.references != ("previous",), "chunks need reference = 'previous', as sDPO has it"),
@@ -229,6 +282,23 @@ class Evaluate(Section):
     n: int = Field(4, ge=1)  # sampled completions per prompt
     temperature: float = Field(1.0, gt=0)
     max_tokens: int = Field(64, ge=1)
+
+
+class Sft(Section):
+    """Supervised fine-tuning on the seeds before the first round; the result is the run's initial model."""
+
+    ratings: bool = False  # also on ratings of the model's own answers to the seeds, for a policy that judges itself
+    sampling: Sampling = Sampling()  # of these answers
+    optimizer: Optimizer
+
+
+class Change(Section):
+    """What is different in some rounds, by dotted names: `set` replaces or adds, `drop` removes."""
+
+    first: int = Field(1, ge=1)
+    last: int | None = Field(None, ge=1)  # unset = to the end
+    set: dict[str, Any] = {}
+    drop: list[str] = []
 
 
 class Control(Section):
@@ -267,17 +337,20 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0)
     rounds: int = Field(4, ge=1)
-    stages: list[Literal["synthesize", "generate", "improve", "label", "train", "evaluate"]]
+    stages: list[Literal["synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate"]]
     model: Model = Model()
     data: Data = Data()
     engine: Engine = Engine()
     synthesize: Synthesize | None = None
     generate: Generate
     improve: Improve | None = None
+    discriminate: Discriminate | None = None
     label: Label
     train: Train
     evaluate: Evaluate
+    sft: Sft | None = None
     control: Control | None = None
+    schedule: list[Change] = []
     machine: Machine = Machine()
 
     @pydantic.model_validator(mode="after")
@@ -288,7 +361,36 @@ class Recipe(Section):
         for stage in STAGES:
             if (stage in self.stages) != (getattr(self, stage) is not None):
                 raise ValueError(f"stage '{stage}' and section [{stage}] go together")
+        for change in self.schedule:
+            for key in [*change.set, *change.drop]:
+                if key.split(".")[0] not in self.stages or key.startswith("evaluate"):
+                    raise ValueError(f"schedule: '{key}' cannot change from round to round")
         return self
+
+    def at(self, iteration: int) -> "Recipe":
+        """The recipe as it stands in an iteration, its schedule applied.
+
+        Raises:
+            UserError: the schedule makes something of it that is no recipe.
+        """
+        table = self.model_dump(exclude_none=True)
+        for change in table.pop("schedule"):
+            if not change["first"] <= iteration <= change.get("last", iteration):
+                continue
+            for key in change["drop"]:
+                *names, last = key.split(".")
+                functools.reduce(lambda at, name: at.get(name, {}), names, table).pop(last, None)
+            for key, value in change["set"].items():
+                *names, last = key.split(".")
+                functools.reduce(lambda at, name: at.setdefault(name, {}), names, table)[last] = value
+        try:
+            return Recipe.model_validate(table)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"schedule, round {iteration}: {where}{': ' if where else ''}{_plain(first)}", _hint(first)
+            ) from None
 
 
 def load(path: Path, settings: list[str] | None = None) -> Recipe:

@@ -72,6 +72,19 @@ class Pair:
     prompt_token_ids: list[int]
     chosen_token_ids: list[int]
     rejected_token_ids: list[int]
+    source: str = ""  # of the data, where the seeds name one
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A label that scores have turned over: the generated answer is chosen, the anchor (gold or rewrite) rejected."""
+
+    pair_id: str
+    prompt_id: str
+    iteration: int
+    anchor: str  # "gold" or "improver"
+    anchor_score: float | None
+    generated_score: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,7 @@ class Seed:
     prompt_id: str
     prompt: str
     completion: str
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,13 @@ import random
 from itertools import islice
 from pathlib import Path
 
+from selfimprove.demo import habits
 from selfimprove.demo.world import KINDS, Task, draw_distinct
 
 SEEDS = 650
 HELDOUT = 650
 PARAGRAPHS = 600
+BAD_GOLD_SHARE = 0.2
 
 _SETTINGS = (
     "It was an early market day.",
@@ -84,11 +86,30 @@ def _write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def bad_golds() -> dict[str, str]:
+    """Wrong golds for a share of the seeds, by prompt: what a careless annotator leaves, each kind of mistake alike."""
+    rng = random.Random("bad golds")
+    spoilt = rng.sample(seeds(), round(BAD_GOLD_SHARE * SEEDS))
+    found = {}
+    for task in spoilt:
+        while (answer := rng.choice(habits.HABITS)(task, rng)) == task.gold:
+            pass
+        found[task.prompt] = answer
+    return found
+
+
 def write_data(out: Path) -> None:
-    """Write seeds.jsonl, heldout.jsonl (prompts only: the checker knows the answers) and corpus.txt."""
+    """Write seeds.jsonl and seeds_bad_golds.jsonl, heldout.jsonl (the checker knows the answers) and corpus.txt."""
     out.mkdir(parents=True, exist_ok=True)
-    golds = [{"id": f"seed-{i:04d}", "prompt": task.prompt, "completion": task.gold} for i, task in enumerate(seeds())]
+    golds = [
+        {"id": f"seed-{i:04d}", "prompt": task.prompt, "completion": task.gold, "source": task.family.name}
+        for i, task in enumerate(seeds())
+    ]
+    bad = bad_golds()
     prompts = [{"id": f"heldout-{i:04d}", "prompt": task.prompt} for i, task in enumerate(heldout())]
     _write_jsonl(out / "seeds.jsonl", golds)
+    _write_jsonl(
+        out / "seeds_bad_golds.jsonl", [g | {"completion": bad.get(g["prompt"], g["completion"])} for g in golds]
+    )
     _write_jsonl(out / "heldout.jsonl", prompts)
     (out / "corpus.txt").write_text("\n".join(paragraphs()) + "\n", encoding="utf-8")

@@ -1,11 +1,17 @@
 """Judges: completions in, opinions out, in the same order; an unknown score is None with a reason, never zero."""
 
+import random
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Protocol
 
+from pydantic import Field
+
+from selfimprove import chat
 from selfimprove.demo import world
+from selfimprove.recipe import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,23 @@ class Opinion(NamedTuple):
     reason: str = ""
 
 
-Judge = Callable[[Sequence[Candidate]], list[Opinion]]
+class Panel(Protocol):
+    """What a judge may ask of the models of the run."""
+
+    @property
+    def opinions(self) -> Mapping[tuple[str, str, int], Opinion]:
+        """What an earlier stage found, by (prompt_id, source, sample)."""
+
+    def answers(
+        self, model: str, requests: Sequence[tuple[str, str]], n: int, temperature: float, max_tokens: int
+    ) -> list[list[str]]:
+        """`n` answers to each (id, text) by the model of that name; none to a text too long for the context."""
+
+    def logps(self, model: str, rows: Sequence[tuple[str, Sequence[int]]]) -> list[float | None]:
+        """Summed log-probability (nats) of the ids that answer each prompt; None where the context is too small."""
+
+
+Judge = Callable[[Sequence[Candidate], Panel], list[Opinion]]
 
 
 def _demo_world(candidate: Candidate) -> Opinion:
@@ -46,13 +68,15 @@ def _exact(candidate: Candidate) -> Opinion:
 CHECKERS: dict[str, Callable[[Candidate], Opinion]] = {"demo_world": _demo_world, "exact": _exact}
 
 
-def verifier(candidates: Sequence[Candidate], *, checker: Literal["demo_world", "exact"]) -> list[Opinion]:
+def verifier(
+    candidates: Sequence[Candidate], panel: Panel | None = None, *, checker: Literal["demo_world", "exact"]
+) -> list[Opinion]:
     """Right (1) or wrong (0) by a named checker: `demo_world` parses the prompt, `exact` compares with a reference."""
     return [CHECKERS[checker](candidate) for candidate in candidates]
 
 
 def self_consistency(
-    candidates: Sequence[Candidate], *, voters: Literal["current", "improver"] = "current"
+    candidates: Sequence[Candidate], panel: Panel | None = None, *, voters: Literal["current", "improver"] = "current"
 ) -> list[Opinion]:
     """Share of the voters' samples of the prompt that give the same answer (Wang et al., arXiv 2203.11171)."""
     votes: dict[str, Counter[str]] = {}
@@ -69,7 +93,96 @@ def self_consistency(
     return opinions
 
 
-JUDGES: dict[str, Callable[..., list[Opinion]]] = {"verifier": verifier, "self_consistency": self_consistency}
+def rubric(
+    candidates: Sequence[Candidate],
+    panel: Panel,
+    *,
+    template: Literal["rate", "rate_additive"] = "rate",
+    n: Annotated[int, Field(ge=1)] = 3,
+    temperature: Annotated[float, Field(ge=0)] = 1.0,
+    max_tokens: Annotated[int, Field(ge=1)] = 16,
+) -> list[Opinion]:
+    """The policy as its own judge, 0 to 5, the mean of `n` replies (self-rewarding, arXiv 2401.10020, section 2.2)."""
+    requests = [
+        (f"{c.prompt_id}/{c.source}/{c.sample}", chat.render(template, {"question": c.prompt, "answer": c.text}))
+        for c in candidates
+    ]
+    opinions = []
+    for replies in panel.answers("current", requests, n, temperature, max_tokens):
+        scores = [score for reply in replies if (score := rating(reply)) is not None]
+        if scores:
+            opinions.append(Opinion(sum(scores) / len(scores), f"{len(scores)} of {n} replies readable"))
+        else:
+            opinions.append(Opinion(None, "no reply readable" if replies else "too long for the judge's context"))
+    return opinions
+
+
+def rating(reply: str) -> float | None:
+    """The last `Score: N` of a reply, 0 to 5."""
+    found = re.findall(r"\bscore\s*:\s*([0-5])(?![\d.])", reply, re.IGNORECASE)
+    return float(found[-1]) if found else None
+
+
+def discriminator(candidates: Sequence[Candidate], panel: Panel) -> list[Opinion]:
+    """What the stage `discriminate` found (D2PO, arXiv 2405.01511)."""
+    unknown = Opinion(None, "the discriminator did not see it")
+    return [panel.opinions.get((c.prompt_id, c.source, c.sample), unknown) for c in candidates]
+
+
+def demo_rubric(
+    candidates: Sequence[Candidate],
+    panel: Panel | None = None,
+    *,
+    noise: Annotated[float, Field(ge=0)] = 20.0,
+    gap: Annotated[float, Field(ge=0)] = 40.0,
+) -> list[Opinion]:
+    """A judge of the embedded world that errs: 0 to 100 in steps of 5, right answers `gap` higher, `noise` = sd.
+
+    The noise belongs to the answer's text: asked twice, the judge says the same, as a model does at temperature 0.
+    """
+    opinions = []
+    for candidate in candidates:
+        right = _demo_world(candidate)
+        if right.score is None:
+            opinions.append(right)
+            continue
+        error = random.Random(f"{candidate.prompt}\n{_squeezed(candidate.text)}").gauss(0, noise)
+        score = 50 + gap * (right.score - 0.5) + error
+        opinions.append(Opinion(float(min(100, max(0, 5 * round(score / 5))))))
+    return opinions
+
+
+class Spec(NamedTuple):
+    """A judge and whether it asks models of the run."""
+
+    function: Callable[..., list[Opinion]]
+    asks_models: bool = False
+
+
+JUDGES: Mapping[str, Spec] = {
+    "verifier": Spec(verifier),
+    "self_consistency": Spec(self_consistency),
+    "rubric": Spec(rubric, asks_models=True),
+    "discriminator": Spec(discriminator),
+    "demo_rubric": Spec(demo_rubric),
+}
+
+
+def bind(choice: Choice) -> Judge:
+    """The judge that a recipe names, its parameters bound.
+
+    Raises:
+        UserError: unknown name or parameter.
+    """
+    return choice.bind("judge", {name: spec.function for name, spec in JUDGES.items()})
+
+
+def identity(choice: Choice | None) -> str:
+    """A judge's name and parameters, as verdicts carry them."""
+    if choice is None:
+        return "none"
+    given = ", ".join(f"{name}={value}" for name, value in sorted((choice.model_extra or {}).items()))
+    return f"{choice.name}({given})" if given else choice.name
 
 
 def _squeezed(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from selfimprove.judges import Candidate
 
@@ -54,15 +54,47 @@ def gold_vs_generated(judged: Sequence[Judged], rng: random.Random) -> Pairs | D
     return pairs or Dropped("answer equals the gold")
 
 
+def dynamic(
+    judged: Sequence[Judged],
+    rng: random.Random,
+    *,
+    anchor: Literal["gold", "improver"] = "gold",
+    threshold: float = 0.0,
+    ties: Literal["generated", "anchor"] = "generated",
+) -> Pairs | Dropped:
+    """DNPO's dynamic sample labels (arXiv 2502.05400, section 3.1): whichever scores higher is chosen, none is dropped.
+
+    The generated answer is chosen when its score exceeds the anchor's by `threshold`; at exactly `threshold`, `ties`
+    says which. Where a score is unknown the anchor stays chosen, and so it does against a truncated answer. Several
+    answers meet the anchors in turn.
+    """
+    anchors = [j for j in judged if j.candidate.source == anchor]
+    generated = [j for j in judged if j.candidate.source == "current"]
+    if not anchors or not generated:
+        return Dropped(f"no {anchor} answer" if not anchors else "no answer")
+    pairs = []
+    for number, own in enumerate(generated):
+        fixed = anchors[number % len(anchors)]
+        flipped = False
+        if own.score is not None and fixed.score is not None and own.candidate.finish_reason != "length":
+            gap = own.score - fixed.score - threshold
+            flipped = gap > 0 or (gap == 0 and ties == "generated")
+        pairs.append((own, fixed) if flipped else (fixed, own))
+    return pairs
+
+
 def improver_vs_initial(
     judged: Sequence[Judged],
     rng: random.Random,
     *,
+    rejected: Literal["initial", "current"] = "initial",
     min_gap: float = 0.0,
     min_score: float = 0.0,
     max_repetition: float = 0.5,
 ) -> Pairs | Dropped:
     """SynPO (arXiv 2410.06961, section 3.2): chosen = the improver's rewrite, rejected = the initial model's answer.
+
+    `rejected` = "current" takes the current policy's answer instead, which the paper did not publish an ablation of.
 
     The best rewrite is kept when its score exceeds the rejected one's by at least `min_gap` (and by more than
     nothing), it reaches `min_score`, and no more than `max_repetition` of it is repetition.
@@ -72,7 +104,7 @@ def improver_vs_initial(
         for j in judged
         if j.candidate.source == "improver" and j.score is not None and j.candidate.finish_reason != "length"
     ]
-    first = next((j for j in judged if j.candidate.source == "initial"), None)
+    first = next((j for j in judged if j.candidate.source == rejected), None)
     if first is None or first.score is None or not rewrites:
         return Dropped("no score")
     rewrites = [pair for pair in rewrites if repetition(pair[0].candidate.text) <= max_repetition]
@@ -96,5 +128,6 @@ def repetition(text: str) -> float:
 RULES: dict[str, Callable[..., Pairs | Dropped]] = {
     "best_vs_worst": best_vs_worst,
     "gold_vs_generated": gold_vs_generated,
+    "dynamic": dynamic,
     "improver_vs_initial": improver_vs_initial,
 }

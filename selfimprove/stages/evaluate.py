@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from selfimprove import data, recipe
+from selfimprove import data, judges, recipe
 from selfimprove.errors import UserError
-from selfimprove.judges import JUDGES, Candidate, Judge
+from selfimprove.judges import Candidate, Judge
 from selfimprove.records import Sample
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import read_rows
@@ -20,7 +20,7 @@ GREEDY, SAMPLED = "greedy", "sampled"
 
 def check(section: recipe.Evaluate) -> Judge:
     """The judge that a recipe names."""
-    return section.judge.bind("judge", JUDGES)
+    return judges.bind(section.judge)
 
 
 def run(io: StageIO, section: recipe.Evaluate) -> None:
@@ -39,7 +39,7 @@ def run(io: StageIO, section: recipe.Evaluate) -> None:
         ]
         samples += [
             Sample(c.prompt_id, c.prompt, mode, c.sample, c.text, c.finish_reason, opinion.score, opinion.reason)
-            for c, opinion in zip(candidates, judge(candidates), strict=True)
+            for c, opinion in zip(candidates, judge(candidates, io), strict=True)
         ]
         io.out.metrics[f"{mode} mean tokens"] = sum(len(r.token_ids) for r in rows) / max(1, len(rows))
         io.out.metrics[f"{mode} truncated share"] = sum(r.finish_reason == "length" for r in rows) / max(1, len(rows))

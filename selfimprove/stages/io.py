@@ -10,8 +10,9 @@ from typing import NamedTuple
 from selfimprove import recipe
 from selfimprove.chat import Chat
 from selfimprove.engine.protocol import Engine, Request, Sampling
-from selfimprove.records import Generation
-from selfimprove.store import Artifact, model_identity, row_seed
+from selfimprove.judges import Opinion
+from selfimprove.records import Generation, Verdict
+from selfimprove.store import Artifact, model_identity, read_rows, row_seed
 from selfimprove.training.job import Job, PairRow, Weights
 
 MEASURED = frozenset({"tokens_per_second", "peak_memory_mib"})  # they differ from run to run
@@ -99,6 +100,45 @@ class StageIO:
         ]
         self.out.tokens += sum(len(row.token_ids) for row in rows)
         return rows
+
+    @cached_property
+    def opinions(self) -> Mapping[tuple[str, str, int], Opinion]:
+        """See judges.Panel."""
+        if "opinions" not in self.inputs:
+            return {}
+        rows = read_rows(self.inputs["opinions"], "verdicts", Verdict)
+        return {(v.prompt_id, v.source, v.sample): Opinion(v.score, v.reason) for v in rows}
+
+    def answers(
+        self, model: str, requests: Sequence[tuple[str, str]], n: int, temperature: float, max_tokens: int
+    ) -> list[list[str]]:
+        """See judges.Panel."""
+        room = self.engine_section.max_model_len - max_tokens
+        ids = [self.chat.prompt_ids(text) for _, text in requests]
+        fitting = [i for i, one in enumerate(ids) if len(one) <= room]
+        asked = [Request(ids[i], n, self.row_seed(f"judge/{requests[i][0]}")) for i in fitting]
+        engine = self.open_engine()
+        engine.swap(self.models[model])
+        parameters = Sampling(temperature, 1.0, max_tokens, self.chat.stop_token_ids)
+        found = engine.generate(asked, parameters, lambda done, total: self.progress("judging", done, total))
+        replies: list[list[str]] = [[] for _ in requests]
+        for i, completions in zip(fitting, found, strict=True):
+            replies[i] = [self.chat.text(completion.token_ids) for completion in completions]
+            self.out.tokens += sum(len(completion.token_ids) for completion in completions)
+        return replies
+
+    def logps(self, model: str, rows: Sequence[tuple[str, Sequence[int]]]) -> list[float | None]:
+        """See judges.Panel."""
+        before = [self.chat.prompt_ids(text) for text, _ in rows]
+        limit = self.engine_section.max_model_len
+        fitting = [i for i, (_, ids) in enumerate(rows) if ids and len(before[i]) + len(ids) <= limit]
+        engine = self.open_engine()
+        engine.swap(self.models[model])
+        scored = engine.prompt_logprobs([before[i] + list(rows[i][1]) for i in fitting])
+        sums: list[float | None] = [None] * len(rows)
+        for i, logprobs in zip(fitting, scored, strict=True):
+            sums[i] = sum(logprobs[len(before[i]) - 1 :])
+        return sums
 
     def train(
         self,

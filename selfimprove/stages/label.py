@@ -3,16 +3,16 @@
 import itertools
 import random
 
-from selfimprove import data, recipe
+from selfimprove import data, judges, recipe
 from selfimprove.errors import UserError
 from selfimprove.judges import JUDGES, Candidate, Judge, Opinion
 from selfimprove.judges.pairing import RULES, Dropped, Judged, Rule
-from selfimprove.records import Generation, Message, Pair, Verdict
+from selfimprove.records import Flip, Generation, Message, Pair, Seed, Verdict
 from selfimprove.stages.io import StageIO
 from selfimprove.store import read_rows
 
-VERSION = 1
-TEMPLATES: tuple[str, ...] = ()
+VERSION = 2
+TEMPLATES: tuple[str, ...] = ("rate", "rate_additive")
 UNSCORED_RULES = frozenset({"gold_vs_generated"})
 
 
@@ -29,25 +29,24 @@ def check(section: recipe.Label) -> tuple[Judge | None, Rule]:
         return None, rule
     if section.pairing.name in UNSCORED_RULES:
         raise UserError(f"pairing '{section.pairing.name}' looks at no score", "remove [label.judge]")
-    return section.judge.bind("judge", JUDGES), rule
+    return judges.bind(section.judge), rule
+
+
+def asks_models(section: recipe.Label) -> bool:
+    """Whether labelling needs models of the run, and so an engine."""
+    judging = section.judge is not None and section.judge.name in JUDGES and JUDGES[section.judge.name].asks_models
+    return judging or (section.acquire is not None and section.acquire.by == "certainty")
 
 
 def run(io: StageIO, section: recipe.Label) -> None:
-    """Write verdicts-*.parquet and pairs-*.parquet."""
+    """Write verdicts-*.parquet, pairs-*.parquet, and flips-*.parquet where scores turned labels over."""
     judge, rule = check(section)
     candidates, prompt_ids = _candidates(io)
-    opinions = judge(candidates) if judge else [Opinion(None, "no judge asked")] * len(candidates)
-    io.out.write_rows(
-        "verdicts",
-        Verdict,
-        (
-            Verdict(c.prompt_id, c.source, c.sample, section.judge.name if section.judge else "none", o.score, o.reason)
-            for c, o in zip(candidates, opinions, strict=True)
-        ),
-    )
+    opinions = _opinions(io, judge, judges.identity(section.judge), candidates)
 
     pairs: list[Pair] = []
     judged = (Judged(c, o.score) for c, o in zip(candidates, opinions, strict=True))
+    sources = {s.prompt_id: s.source for s in _seeds(io)}
     prompts = paired = 0
     for prompt_id, group in itertools.groupby(judged, key=lambda j: j.candidate.prompt_id):
         prompts += 1
@@ -56,13 +55,22 @@ def run(io: StageIO, section: recipe.Label) -> None:
             io.out.quarantine(prompt_id, found.reason)
         else:
             paired += 1
-            pairs += [_pair(io.iteration, k, prompt_ids[prompt_id], *one) for k, one in enumerate(found)]
+            source = sources.get(prompt_id, "")
+            pairs += [_pair(io.iteration, k, prompt_ids[prompt_id], source, *one) for k, one in enumerate(found)]
     if section.quota is not None and len(pairs) > section.quota:
         kept = random.Random(io.row_seed("quota")).sample(range(len(pairs)), section.quota)
         io.out.metrics["pairs over quota"] = len(pairs) - section.quota
         pairs = [pairs[i] for i in sorted(kept)]
     io.out.write_rows("pairs", Pair, pairs)
     io.out.contract("prompt", prompts, paired)
+    if section.pairing.name == "dynamic":
+        flips = [
+            Flip(p.pair_id, p.prompt_id, p.iteration, p.rejected_source, p.rejected_score, p.chosen_score)
+            for p in pairs
+            if p.chosen_source == "current"
+        ]
+        io.out.write_rows("flips", Flip, flips)
+        io.out.metrics |= {"flipped": len(flips), "flipped share": len(flips) / max(1, len(pairs))}
 
     scored = [o.score for o in opinions if o.score is not None]
     io.out.metrics |= {
@@ -78,12 +86,42 @@ def run(io: StageIO, section: recipe.Label) -> None:
         )
 
 
+def _opinions(io: StageIO, judge: Judge | None, identity: str, candidates: list[Candidate]) -> list[Opinion]:
+    """The judge's opinions, written as verdicts; of a gold that the same judge has scored before, that score."""
+    earlier = {
+        v.prompt_id: Opinion(v.score, v.reason)
+        for v in (read_rows(io.inputs["earlier"], "verdicts", Verdict) if "earlier" in io.inputs else [])
+        if v.source == "gold" and v.judge == identity and v.score is not None
+    }
+    known = (
+        {(c.prompt_id, "gold", 0): earlier[c.prompt_id] for c in candidates if c.prompt_id in earlier} if judge else {}
+    )
+    new = [c for c in candidates if (c.prompt_id, c.source, c.sample) not in known]
+    asked = judge(new, io) if judge else [Opinion(None, "no judge asked")] * len(new)
+    known |= {(c.prompt_id, c.source, c.sample): opinion for c, opinion in zip(new, asked, strict=True)}
+    opinions = [known[c.prompt_id, c.source, c.sample] for c in candidates]
+    io.out.write_rows(
+        "verdicts",
+        Verdict,
+        (
+            Verdict(c.prompt_id, c.source, c.sample, identity, o.score, o.reason)
+            for c, o in zip(candidates, opinions, strict=True)
+        ),
+    )
+    io.out.metrics["golds scored before"] = len(candidates) - len(new)
+    return opinions
+
+
+def _seeds(io: StageIO) -> list[Seed]:
+    return data.read_seeds(io.inputs["seeds"]) if "seeds" in io.inputs else []
+
+
 def _candidates(io: StageIO) -> tuple[list[Candidate], dict[str, list[int]]]:
     """All completions of a prompt side by side, the gold first where there is one; and each prompt's token ids."""
     rows = read_rows(io.inputs["generations"], "generations", Generation)
     if "refinements" in io.inputs:
         rows += read_rows(io.inputs["refinements"], "refinements", Generation)
-    golds = {s.prompt_id: s for s in data.read_seeds(io.inputs["seeds"])} if "seeds" in io.inputs else {}
+    golds = {s.prompt_id: s for s in _seeds(io)}
     by_prompt: dict[str, list[Generation]] = {}
     for row in rows:
         by_prompt.setdefault(row.prompt_id, []).append(row)
@@ -102,7 +140,7 @@ def _candidates(io: StageIO) -> tuple[list[Candidate], dict[str, list[int]]]:
     return candidates, {prompt_id: group[0].prompt_token_ids for prompt_id, group in by_prompt.items()}
 
 
-def _pair(iteration: int, number: int, prompt_ids: list[int], chosen: Judged, rejected: Judged) -> Pair:
+def _pair(iteration: int, number: int, prompt_ids: list[int], source: str, chosen: Judged, rejected: Judged) -> Pair:
     better, worse = chosen.candidate, rejected.candidate
     return Pair(
         pair_id=f"i{iteration}/{better.prompt_id}/{number}",
@@ -118,6 +156,7 @@ def _pair(iteration: int, number: int, prompt_ids: list[int], chosen: Judged, re
         prompt_token_ids=prompt_ids,
         chosen_token_ids=better.token_ids,
         rejected_token_ids=worse.token_ids,
+        source=source,
     )
 
 

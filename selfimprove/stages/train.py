@@ -11,7 +11,7 @@ from selfimprove.training.job import PairRow
 
 VERSION = 2
 TEMPLATES: tuple[str, ...] = ()
-POLICY = "policy"
+POLICY, AVERAGE = "policy", "average"
 
 
 def run(io: StageIO, section: recipe.Train) -> None:
