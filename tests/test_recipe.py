@@ -1,8 +1,10 @@
 """Recipes are strict, complete on one page, and say what is wrong with them."""
 
+import re
+
 import pytest
 
-from selfimprove import recipe
+from selfimprove import plan, preflight, recipe
 from selfimprove.errors import UsageError, UserError
 
 DEFAULT = recipe.find("default")
@@ -77,3 +79,59 @@ def test_an_unknown_recipe_names_the_known_ones():
     with pytest.raises(UserError) as raised:
         recipe.find("sinpo")
     assert "synpo" in raised.value.hint
+
+
+class TestSchedule:
+    """Rounds may differ: DNPO begins as SPIN, SPIN raises its beta."""
+
+    CHANGES = (
+        '[{last = 1, set = {"label.pairing" = {name = "gold_vs_generated"}}, drop = ["label.judge", "train.noise"]}, '
+        '{first = 3, set = {"train.loss.beta" = 5.0}}]'
+    )
+
+    def test_a_round_is_the_recipe_with_its_changes(self):
+        chosen = recipe.load(recipe.find("dnpo"), [f"schedule={self.CHANGES}"])
+        first, second, third = (chosen.at(t) for t in (1, 2, 3))
+        assert (first.label.pairing.name, first.label.judge, first.train.noise) == ("gold_vs_generated", None, None)
+        assert (second.label.pairing.name, second.label.judge) == (chosen.label.pairing.name, chosen.label.judge)
+        assert second.train.loss == chosen.train.loss
+        assert third.train.loss.model_extra["beta"] == 5.0
+        assert chosen.at(4) == third
+
+    def test_it_survives_the_copy_in_the_run(self, tmp_path):
+        chosen = recipe.load(recipe.find("dnpo"), [f"schedule={self.CHANGES}"])
+        (tmp_path / "recipe.toml").write_text(recipe.dump(chosen))
+        assert recipe.load(tmp_path / "recipe.toml") == chosen
+
+    def test_only_that_rounds_stages_get_another_section(self):
+        chosen = recipe.load(recipe.find("dnpo"), [f"schedule={self.CHANGES}"])
+        sections = {step.directory: step.section for step in plan.steps(chosen)}
+        assert sections["iter-001/3-train"].noise is None
+        assert sections["iter-002/3-train"].noise is not None
+        assert sections["iter-001/1-generate"] == sections["iter-003/1-generate"]
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ('{set = {"evaluate.n" = 8}}', "'evaluate.n' cannot change from round to round"),
+            ('{set = {"model.path" = "x"}}', "'model.path' cannot change from round to round"),
+            ('{drop = ["improve.n"]}', "'improve.n' cannot change from round to round"),
+        ],
+    )
+    def test_what_cannot_change_is_refused(self, change, says):
+        with pytest.raises(UserError, match=re.escape(says)):
+            recipe.load(recipe.find("dnpo"), [f"schedule=[{change}]"])
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ('{first = 2, set = {"train.optimizer.epochs" = 0}}', "schedule, round 2: train.optimizer.epochs"),
+            ('{first = 2, set = {"train.lss" = 0}}', "schedule, round 2: train.lss: unknown key"),
+            ('{first = 2, drop = ["label.judge"]}', "pairing 'dynamic' needs a judge"),
+            ('{first = 2, set = {"train.loss" = {name = "nope"}}}', "unknown loss 'nope'"),
+        ],
+    )
+    def test_a_change_is_checked_before_the_run(self, change, says):
+        chosen = recipe.load(recipe.find("dnpo"), [f"schedule=[{change}]"])
+        with pytest.raises(UserError, match=re.escape(says)):
+            preflight.check(chosen)

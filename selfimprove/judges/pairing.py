@@ -65,8 +65,8 @@ def dynamic(
     """DNPO's dynamic sample labels (arXiv 2502.05400, section 3.1): whichever scores higher is chosen, none is dropped.
 
     The generated answer is chosen when its score exceeds the anchor's by `threshold`; at exactly `threshold`, `ties`
-    says which. Where a score is unknown the anchor stays chosen, and so it does against a truncated answer. Several
-    answers meet the anchors in turn.
+    says which. The anchor stays chosen where a score is unknown, against a truncated answer, and against the same text
+    (a pair without gradient). Several answers meet the anchors in turn.
     """
     anchors = [j for j in judged if j.candidate.source == anchor]
     generated = [j for j in judged if j.candidate.source == "current"]
@@ -75,10 +75,9 @@ def dynamic(
     pairs = []
     for number, own in enumerate(generated):
         fixed = anchors[number % len(anchors)]
-        flipped = False
-        if own.score is not None and fixed.score is not None and own.candidate.finish_reason != "length":
-            gap = own.score - fixed.score - threshold
-            flipped = gap > 0 or (gap == 0 and ties == "generated")
+        gap = None if own.score is None or fixed.score is None else own.score - fixed.score - threshold
+        may = own.candidate.finish_reason != "length" and own.candidate.text != fixed.candidate.text
+        flipped = may and gap is not None and (gap > 0 or (gap == 0 and ties == "generated"))
         pairs.append((own, fixed) if flipped else (fixed, own))
     return pairs
 

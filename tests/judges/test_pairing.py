@@ -10,6 +10,7 @@ from selfimprove.judges.pairing import (
     Dropped,
     Judged,
     best_vs_worst,
+    dynamic,
     gold_vs_generated,
     improver_vs_initial,
     repetition,
@@ -81,3 +82,43 @@ def test_repetition_is_the_share_of_repeated_four_word_sequences():
     assert repetition("one two three") == 0
     assert repetition("a b c d e f g h") == 0
     assert repetition("a b c d a b c d") == 1 - 4 / 5
+
+
+class TestDynamic:
+    """DNPO's dynamic sample labels (arXiv 2502.05400, section 3.1)."""
+
+    @given(st.lists(ONE, min_size=1, max_size=6), SCORES, st.sampled_from([-0.5, 0.0, 0.5]))
+    def test_no_pair_is_dropped_and_the_chosen_one_earns_it(self, rows, gold_score, threshold):
+        gold = judged("g", gold_score, source="gold")
+        own = [judged(*row) for row in rows]
+        pairs = dynamic([gold, *own], random.Random(0), threshold=threshold)
+        assert not isinstance(pairs, Dropped)
+        assert len(pairs) == len(own)
+        for (chosen, rejected), generated in zip(pairs, own, strict=True):
+            assert {id(chosen), id(rejected)} == {id(gold), id(generated)}
+            better = None not in (generated.score, gold_score) and generated.score - gold_score >= threshold
+            assert (chosen is generated) == (better and generated.candidate.finish_reason == "stop")
+
+    def test_ties_go_where_the_recipe_says(self):
+        gold, own = judged("g", 1.0, source="gold"), judged("h", 1.0)
+        assert dynamic([gold, own], random.Random(0)) == [(own, gold)]
+        assert dynamic([gold, own], random.Random(0), ties="anchor") == [(gold, own)]
+        assert dynamic([gold, own], random.Random(0), threshold=0.1) == [(gold, own)]
+
+    def test_the_same_text_flips_nothing(self):
+        gold, own = judged("g", 0.0, source="gold"), judged("g", 1.0)
+        assert dynamic([gold, own], random.Random(0)) == [(gold, own)]
+
+    def test_rewrites_may_stand_in_for_the_gold(self):
+        rewrites = [judged("r", 0.0, source="improver"), judged("s", 1.0, source="improver")]
+        own = [judged("a", 0.5), judged("b", 0.5)]
+        pairs = dynamic([*own, *rewrites], random.Random(0), anchor="improver")
+        assert pairs == [(own[0], rewrites[0]), (rewrites[1], own[1])]
+        assert dynamic(own, random.Random(0)) == Dropped("no gold answer")
+
+
+def test_synpo_may_reject_the_current_answer_instead():
+    rewrite, first, own = judged("r", 1.0, source="improver"), judged("m", 0.0, source="initial"), judged("c", 0.0)
+    group = [rewrite, first, own]
+    assert improver_vs_initial(group, random.Random(0)) == [(rewrite, first)]
+    assert improver_vs_initial(group, random.Random(0), rejected="current") == [(rewrite, own)]
