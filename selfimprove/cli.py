@@ -99,6 +99,7 @@ def _go(name: str, chosen: Any) -> None:
     from rich.console import Console
 
     from selfimprove import run as running
+    from selfimprove.engine import Engines
     from selfimprove.report import terminal
     from selfimprove.status import summary
 
@@ -107,8 +108,8 @@ def _go(name: str, chosen: Any) -> None:
     talk = Console(stderr=True)
     found = running.place(RUNS, name)
     try:
-        with terminal.Watcher(talk) as watcher:
-            outcome = running.iterate(found, chosen, watcher, sys.argv[1:])
+        with terminal.Watcher(talk) as watcher, Engines() as engines:
+            outcome = running.iterate(found, chosen, watcher, sys.argv[1:], engines)
     except KeyboardInterrupt:
         talk.print(f"\nstopped; selfimprove resume {name} goes on after the last finished stage", highlight=False)
         raise typer.Exit(130) from None
