@@ -99,6 +99,7 @@ def _go(name: str, chosen: Any) -> None:
     from rich.console import Console
 
     from selfimprove import run as running
+    from selfimprove.engine import Engines
     from selfimprove.report import terminal
     from selfimprove.status import summary
 
@@ -107,8 +108,8 @@ def _go(name: str, chosen: Any) -> None:
     talk = Console(stderr=True)
     found = running.place(RUNS, name)
     try:
-        with terminal.Watcher(talk) as watcher:
-            outcome = running.iterate(found, chosen, watcher, sys.argv[1:])
+        with terminal.Watcher(talk) as watcher, Engines() as engines:
+            outcome = running.iterate(found, chosen, watcher, sys.argv[1:], engines)
     except KeyboardInterrupt:
         talk.print(f"\nstopped; selfimprove resume {name} goes on after the last finished stage", highlight=False)
         raise typer.Exit(130) from None
@@ -117,6 +118,55 @@ def _go(name: str, chosen: Any) -> None:
         talk.print(f"{outcome.made} stages in {outcome.seconds:.0f} s, in {found.path}", highlight=False)
     else:
         talk.print(f"run '{name}' is finished: nothing to do", highlight=False)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML: worlds, arms, seeds; see docs/study.md.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs made at once, each worker with an engine of its own.")] = 1,
+    out: Annotated[Optional[Path], typer.Option(help="The report; what the file says otherwise, or NAME.md.")] = None,
+    numbers: Annotated[
+        Optional[Path], typer.Option("--json", metavar="FILE", help="Also write every number as JSON.")
+    ] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Make no run; report what is finished.")] = False,
+) -> None:
+    """Make many runs, arms x worlds x seeds, and write one report that compares them; go on where a call stopped."""
+    from rich.console import Console
+
+    from selfimprove import study as studies
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    chosen = studies.load(file)
+    folder = studies.Folder(RUNS, chosen)
+    runs = studies.planned(chosen)
+    failures: dict[str, str] = {}
+    if not report_only:
+        from selfimprove.report import terminal
+
+        talk = Console(stderr=True)
+        todo = studies.unfinished(runs, folder)
+        talk.print(f"{len(runs)} runs, {len(todo)} to make, {jobs} at once", highlight=False)
+        try:
+            with terminal.StudyWatcher(talk, len(todo)) as watcher:
+                failures = studies.perform(runs, todo, folder, jobs, watcher, sys.argv[1:])
+        except KeyboardInterrupt:
+            talk.print("\nstopped; the same command goes on, with --report-only it reports so far", highlight=False)
+            raise typer.Exit(130) from None
+    from selfimprove.report import study as report
+
+    told = report.numbers(chosen, folder)
+    path = out or Path(chosen.out or f"{chosen.name}.md")
+    for target, text in ((path, report.markdown(told)), (numbers, json.dumps(told, indent=1) + "\n")):
+        if target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+            print(target)
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(runs)} runs failed: {next(iter(failures))}: {next(iter(failures.values()))}",
+            f"mend it, then the same command makes what is missing; logs are in {folder.path}",
+        )
 
 
 @app.command()

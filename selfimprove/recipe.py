@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -22,6 +22,7 @@ from selfimprove.errors import UsageError, UserError
 STAGES = ("synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate")
 PACKAGE = Path(__file__).parent
 F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=pydantic.BaseModel)
 
 
 def shipped(folder: str) -> Path:
@@ -292,13 +293,30 @@ class Sft(Section):
     optimizer: Optimizer
 
 
-class Change(Section):
-    """What is different in some rounds, by dotted names: `set` replaces or adds, `drop` removes."""
+class Edit(Section):
+    """What is different, by dotted names: `drop` removes, then `set` replaces or adds."""
+
+    set: dict[str, Any] = {}
+    drop: list[str] = []
+
+    def apply(self, table: dict[str, Any]) -> None:
+        """Change a recipe's table in place.
+
+        Raises:
+            UserError: a name leads through a value that is no table.
+        """
+        for key in self.drop:
+            *names, last = key.split(".")
+            functools.reduce(lambda at, name: at.get(name, {}), names, table).pop(last, None)
+        for key, value in self.set.items():
+            put(table, key, value)
+
+
+class Change(Edit):
+    """What is different in some rounds."""
 
     first: int = Field(1, ge=1)
     last: int | None = Field(None, ge=1)  # unset = to the end
-    set: dict[str, Any] = {}
-    drop: list[str] = []
 
 
 class Control(Section):
@@ -373,49 +391,52 @@ class Recipe(Section):
         Raises:
             UserError: the schedule makes something of it that is no recipe.
         """
-        table = self.model_dump(exclude_none=True)
-        for change in table.pop("schedule"):
-            if not change["first"] <= iteration <= change.get("last", iteration):
-                continue
-            for key in change["drop"]:
-                *names, last = key.split(".")
-                functools.reduce(lambda at, name: at.get(name, {}), names, table).pop(last, None)
-            for key, value in change["set"].items():
-                *names, last = key.split(".")
-                functools.reduce(lambda at, name: at.setdefault(name, {}), names, table)[last] = value
-        try:
-            return Recipe.model_validate(table)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(
-                f"schedule, round {iteration}: {where}{': ' if where else ''}{_plain(first)}", _hint(first)
-            ) from None
+        table = self.model_dump(exclude_none=True, exclude={"schedule"})
+        for change in self.schedule:
+            if change.first <= iteration <= (change.last or iteration):
+                change.apply(table)
+        return validated(Recipe, table, f"schedule, round {iteration}")
 
 
-def load(path: Path, settings: list[str] | None = None) -> Recipe:
-    """Read a recipe file and apply `a.b=value` settings to it.
+def load(path: Path, settings: list[str] | None = None, edits: Sequence[Edit] = ()) -> Recipe:
+    """Read a recipe file, and apply edits and then `a.b=value` settings to it.
 
     Raises:
         UserError: unreadable file, bad TOML, unknown key, or a value of the wrong type.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}", "selfimprove recipes") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid TOML: {error}", "compare with pipelines/default.toml") from None
+    table = read_toml(path, "recipe", "selfimprove recipes", "compare with pipelines/default.toml")
+    for edit in edits:
+        edit.apply(table)
     for setting in settings or []:
         _set(table, setting)
+    return validated(Recipe, table, f"recipe {path.name}")
+
+
+def read_toml(path: Path, what: str, gone: str, bad: str) -> dict[str, Any]:
+    """The table of a TOML file; the two hints are for one that cannot be read and for one that is no TOML."""
     try:
-        return Recipe.model_validate(table)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}", gone) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} is not valid TOML: {error}", bad) from None
+
+
+def validated(model: type[M], table: Mapping[str, Any], what: str) -> M:
+    """The table as a model.
+
+    Raises:
+        UserError: names the first key that is wrong, and the keys that are known in its place.
+    """
+    try:
+        return model.model_validate(table)
     except pydantic.ValidationError as error:
         unknown_first = sorted(
             error.errors(), key=lambda e: e["type"] != "extra_forbidden"
         )  # a typo hides as "missing"
         first = unknown_first[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"recipe {path.name}: {where}{': ' if where else ''}{_plain(first)}", _hint(first)) from None
+        raise UserError(f"{what}: {where}{': ' if where else ''}{_plain(first)}", _hint(first, model)) from None
 
 
 def find(name: str) -> Path:
@@ -469,11 +490,24 @@ def _set(table: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string, so that a shell needs no nested quotes
-    for name in names[:-1]:
+    try:
+        put(table, key.strip(), value)
+    except UserError as error:
+        raise UsageError(f"--set {setting}: {error.message}", error.hint) from None
+
+
+def put(table: dict[str, Any], key: str, value: Any) -> None:
+    """Give the key of this dotted name a value; tables on the way are made.
+
+    Raises:
+        UserError: one on the way is no table.
+    """
+    *names, last = key.split(".")
+    for name in names:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise UsageError(f"--set {setting}: '{name}' is not a table", "see the recipe's sections")
-    table[names[-1]] = value
+            raise UserError(f"'{name}' is not a table", "see the recipe's sections")
+    table[last] = value
 
 
 def _plain(error: Any) -> str:
@@ -485,13 +519,12 @@ def _plain(error: Any) -> str:
     return message[0].lower() + message[1:]
 
 
-def _hint(error: Any) -> str:
+def _hint(error: Any, model: Any) -> str:
     """The keys known at the place of the error, so that a typo is seen at once."""
-    model: Any = Recipe
     for part in error["loc"][:-1]:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             break
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
         model = next((o for o in options if inspect.isclass(o) and issubclass(o, pydantic.BaseModel)), model)
-    return f"known keys here: {', '.join(model.model_fields)}"
+    return f"known keys here: {', '.join(field.alias or name for name, field in model.model_fields.items())}"

@@ -11,12 +11,12 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from selfimprove import recipe
-from selfimprove.engine import open_engine
+from selfimprove.engine import Engines
 from selfimprove.engine.protocol import Engine
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
@@ -27,7 +27,7 @@ from selfimprove.recipe import Recipe
 from selfimprove.stages import evaluate
 from selfimprove.stages.io import StageIO
 from selfimprove.status import read_scores
-from selfimprove.store import Artifact, Manifest, Run, key_of, write_atomically
+from selfimprove.store import Artifact, Manifest, Run, key_of, missing_outputs, read_manifest, write_atomically
 
 
 class Display(Protocol):
@@ -87,8 +87,12 @@ def begin(run: Run, chosen: Recipe, command: list[str]) -> None:
     write_atomically(run.recipe_file, recipe.dump(chosen))
 
 
-def iterate(run: Run, chosen: Recipe, display: Display, command: list[str]) -> Outcome:
+def iterate(
+    run: Run, chosen: Recipe, display: Display, command: list[str], engines: Engines, siblings: Sequence[Path] = ()
+) -> Outcome:
     """Make whatever of the run is not made yet, up to the recipe's number of rounds.
+
+    What one of the siblings, directories of other runs, has published under the same key is not made again but linked.
 
     Raises:
         UserError: something the user can mend; nothing half-written is left.
@@ -109,14 +113,14 @@ def iterate(run: Run, chosen: Recipe, display: Display, command: list[str]) -> O
         longest = chosen.model_copy(update={"rounds": max(known.rounds, chosen.rounds)})
         if longest != known:  # more rounds, or other machine settings
             write_atomically(run.recipe_file, recipe.dump(longest))
-        with Interrupts(display.stopping) as interrupts, _engine(run, chosen) as engine:
+        with Interrupts(display.stopping) as interrupts:
             for number, examined in enumerate(todo, 1):
                 step = examined.step
                 display.started(step, number, len(todo))
                 try:
                     interrupts.check()
                     run.write_state("running", step.iteration, step.name)
-                    manifest = execute(run, chosen, step, engine, display, interrupts)
+                    manifest = execute(run, chosen, step, engines, siblings, display, interrupts)
                 except BaseException as error:
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                     with contextlib.suppress(OSError):  # on a full disk even this may fail
@@ -137,9 +141,18 @@ def iterate(run: Run, chosen: Recipe, display: Display, command: list[str]) -> O
 
 
 def execute(
-    run: Run, chosen: Recipe, step: Step, engine: Callable[[], Engine], display: Display, interrupts: Interrupts
+    run: Run,
+    chosen: Recipe,
+    step: Step,
+    engines: Engines,
+    siblings: Sequence[Path],
+    display: Display,
+    interrupts: Interrupts,
 ) -> Manifest:
     """Run one stage and publish its artifact; what it wrote is gone when it fails."""
+
+    def engine() -> Engine:
+        return engines.get(chosen.engine, chosen.machine, sources.path(INITIAL), run.path / "logs" / "engine.log")
 
     def progress(what: str, done: int, total: int) -> None:
         interrupts.check()
@@ -166,9 +179,11 @@ def execute(
         progress=progress,
     )
     try:
-        out.begin()
-        step.stage.run(io, step.section)
-        manifest = out.publish(step.iteration, step.name, ingredients, environment())
+        manifest = adopt(out, key_of(ingredients), [sibling / step.directory for sibling in siblings])
+        if manifest is None:
+            out.begin()
+            step.stage.run(io, step.section)
+            manifest = out.publish(step.iteration, step.name, ingredients, environment())
     except BaseException:
         out.discard()
         raise
@@ -176,6 +191,19 @@ def execute(
     with contextlib.suppress(OSError):  # another stage's leftovers keep it
         io.scratch.parent.rmdir()
     return manifest
+
+
+def adopt(out: Artifact, key: str, published: Sequence[Path]) -> Manifest | None:
+    """Publish the first artifact of this key as `out`, its files linked and not copied; None where there is none."""
+    for directory in published:
+        try:
+            manifest = read_manifest(directory)
+            if manifest and manifest.key == key and not missing_outputs(directory, manifest):
+                out.link(directory, manifest)
+                return manifest
+        except (UserError, FileNotFoundError):  # damaged, or moved away at this moment: we can make it ourselves
+            continue
+    return None
 
 
 def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:
@@ -213,24 +241,6 @@ def point_links(run: Run, chosen: Recipe) -> None:
     if values:
         run.point("latest", max(values))
         run.point("best", max(values, key=lambda number: values[number]))
-
-
-@contextlib.contextmanager
-def _engine(run: Run, chosen: Recipe) -> Iterator[Callable[[], Engine]]:
-    """One engine for the whole run, started when a stage first asks for it."""
-    opened: list[Engine] = []
-
-    def get() -> Engine:
-        if not opened:
-            model = Sources(run, chosen).path(INITIAL)
-            opened.append(open_engine(chosen.engine, chosen.machine, model, run.path / "logs" / "engine.log"))
-        return opened[0]
-
-    try:
-        yield get
-    finally:
-        for engine in opened:
-            engine.close()
 
 
 def environment() -> dict[str, str]:

@@ -272,11 +272,36 @@ class Artifact:
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
         write_atomically(self.partial / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+        self._reveal()
+        return manifest
+
+    def link(self, published: Path, manifest: Manifest) -> None:
+        """Publish the files of another artifact as this one: hard links, copies where the file system has none.
+
+        Raises:
+            FileNotFoundError: the other one went away meanwhile, or is not what this manifest says.
+        """
+        self.begin()
+        for name in [*(output.path for output in manifest.outputs), "manifest.json"]:
+            target = self.path(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(published / name, target)
+            except FileNotFoundError:
+                raise
+            except OSError:  # another file system, or too many links
+                shutil.copyfile(published / name, target)
+                _fsync(target)
+        if read_manifest(self.partial) != manifest or missing_outputs(self.partial, manifest):
+            raise FileNotFoundError(f"{published} changed while it was linked")
+        self._reveal()
+
+    def _reveal(self) -> None:
+        """Flush the folders and make the artifact visible in one rename."""
         for folder in [self.partial, *(p for p in self.partial.rglob("*") if p.is_dir())]:
             _fsync(folder)
         self.partial.rename(self.directory)
         _fsync(self.directory.parent)
-        return manifest
 
     def discard(self) -> None:
         """Leave nothing half-written behind."""

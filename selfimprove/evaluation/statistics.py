@@ -63,6 +63,16 @@ def compare_means(old: Sequence[float], new: Sequence[float]) -> Comparison:
     return Comparison(mean, mean - half, mean + half, p, "paired t", len(difference))
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the p-values of a family, each fit to be held against the level of one test."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    corrected, highest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = highest
+    return corrected
+
+
 def _mean_and_half_width(values: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> tuple[float, float]:
     n = len(values)
     if n < 2:

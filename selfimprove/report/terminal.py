@@ -12,6 +12,7 @@ from rich.text import Text
 
 from selfimprove.plan import BASE, Examined, Step
 from selfimprove.store import Manifest
+from selfimprove.study import Ended, Planned
 
 STATES = {"done": "green", "running": "cyan", "failed": "red", "stale": "yellow", "missing": "dim"}
 
@@ -91,6 +92,69 @@ class Watcher:
             self.score = ", ".join(f"{mode} {s['value']:.3f}" for mode, s in scores["scores"].items())
             line.append(f"  {self.score}", style="cyan")
         self.console.print(line, soft_wrap=True)
+
+
+class StudyWatcher:
+    """Follows a study: a bar over its runs on a terminal, a line for each run that ended."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console = console
+        self._total, self._over = total, 0
+        self._begun = time.monotonic()
+        self._shares: dict[str, float] = {}  # of the runs under way
+        self._bar = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=total)
+        self._live = Live(self._bar, console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "StudyWatcher":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def started(self, one: Planned) -> None:
+        """See study.Display."""
+        self._shares[one.name] = 0.0
+        self._draw()
+
+    def progress(self, one: Planned, done: int, total: int) -> None:
+        """See study.Display."""
+        self._shares[one.name] = done / total
+        self._draw()
+
+    def ended(self, one: Planned, how: Ended) -> None:
+        """See study.Display."""
+        self._shares.pop(one.name, None)
+        self._over += 1
+        scores = ", ".join(f"{mode} {value:.3f}" for mode, value in how.scores.items())
+        line = f"[{self._over}/{self._total}] {one.name}: {how.state}, {how.seconds:.0f} s  {scores or how.error}"
+        self.console.print(f"{line}  {self._left()}".rstrip(), highlight=False, markup=False, soft_wrap=True)
+        self._draw()
+
+    def stopping(self) -> None:
+        """See study.Display."""
+        self.console.print("stopping at the next safe points; Ctrl-C again stops at once", highlight=False)
+
+    def _draw(self) -> None:
+        done = self._over + sum(self._shares.values())
+        what = f"{self._over}/{self._total} runs  {self._left()}  {' '.join(self._shares)}"
+        self._bar.update(self._task, completed=done, description=what)
+
+    def _left(self) -> str:
+        """Runs take about as long as those before them; the first share of one gives no measure yet."""
+        done = self._over + sum(self._shares.values())
+        if done <= 0 or self._over == self._total:
+            return ""
+        seconds = (time.monotonic() - self._begun) * (self._total - done) / done
+        return f"about {seconds / 60:.0f} min left" if seconds >= 60 else f"about {seconds:.0f} s left"
 
 
 def iterations_table(summary: dict[str, Any]) -> Table:
