@@ -297,18 +297,29 @@ def report(
 
 @app.command()
 def recipes(as_json: AsJson = False) -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes: those of the embedded default, then the papers' own settings."""
+    import textwrap
+
     from selfimprove import recipe as module
 
     found = []
     for path in sorted(module.shipped("pipelines").glob("*.toml")):
-        header = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        found.append({"name": path.stem, "about": header.partition(": ")[2], "path": str(path)})
+        about = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix(f"# {path.stem}: ")
+        found.append({"name": path.stem, "about": about, "path": str(path)})
     if as_json:
         _json(found)
         return
-    for entry in found:
-        print(f"{entry['name']:<12} {entry['about']}")
+    width = 2 + max(len(entry["name"]) for entry in found)
+    big = [entry for entry in found if entry["name"].endswith("_7b")]
+    small = [entry for entry in found if entry not in big]
+    for title, entries in [
+        ("On the embedded default: selfimprove iterate NAME", small),
+        ("With the papers' settings, on a model and data of your own:", big),
+    ]:
+        print(title)
+        for entry in entries:
+            first, *rest = textwrap.wrap(entry["about"], 98 - width)
+            print(f"  {entry['name']:<{width}}{first}", *rest, sep="\n" + " " * (width + 2))
 
 
 @app.command()

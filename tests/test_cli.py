@@ -170,6 +170,11 @@ def test_version_and_recipes():
     listed = json.loads(selfimprove("recipes", "--json").out)
     assert {"default", "synpo", "spin"} <= {entry["name"] for entry in listed}
     assert all(entry["about"] for entry in listed)
+    shown = selfimprove("recipes").out
+    assert max(len(line) for line in shown.splitlines()) <= 100
+    small, big = shown.split("With the papers' settings")
+    assert all((f"  {e['name']} " in big) == e["name"].endswith("_7b") for e in listed)
+    assert all((f"  {e['name']} " in small) != e["name"].endswith("_7b") for e in listed)
 
 
 def test_every_command_has_help():
