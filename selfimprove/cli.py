@@ -303,7 +303,7 @@ def recipes(as_json: AsJson = False) -> None:
     from selfimprove import recipe as module
 
     found = []
-    for path in sorted(module.shipped("pipelines").glob("*.toml")):
+    for path in module.shipped_recipes():
         about = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix(f"# {path.stem}: ")
         found.append({"name": path.stem, "about": about, "path": str(path)})
     if as_json:

@@ -31,6 +31,11 @@ def shipped(folder: str) -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / folder
 
 
+def shipped_recipes() -> list[Path]:
+    """The shipped recipes in order of their names; the study beside them is no recipe."""
+    return sorted(path for path in shipped("pipelines").glob("*.toml") if path.stem != "study")
+
+
 class Section(pydantic.BaseModel):
     """A table of the recipe; an unknown key or a value of the wrong type is an error."""
 
@@ -445,7 +450,7 @@ def find(name: str) -> Path:
         return Path(name)
     path = shipped("pipelines") / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in shipped("pipelines").glob("*.toml")))
+        known = ", ".join(p.stem for p in shipped_recipes())
         raise UserError(f"no recipe called '{name}'", f"known: {known}; or give a path ending in .toml")
     return path
 

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
+from selfimprove import recipe
 from tests.conftest import selfimprove
-from tests.paths import ROOT
 
-RECIPES = sorted(path.stem for path in (ROOT / "pipelines").glob("*.toml"))
+RECIPES = [path.stem for path in recipe.shipped_recipes()]
 
 
 @pytest.mark.parametrize("name", RECIPES)

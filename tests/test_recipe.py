@@ -8,7 +8,7 @@ from selfimprove import plan, preflight, recipe
 from selfimprove.errors import UsageError, UserError
 
 DEFAULT = recipe.find("default")
-SHIPPED = sorted(recipe.shipped("pipelines").glob("*.toml"))
+SHIPPED = recipe.shipped_recipes()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
