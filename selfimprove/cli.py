@@ -122,7 +122,7 @@ def _go(name: str, chosen: Any) -> None:
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML: worlds, arms, seeds; see docs/study.md.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML: worlds, arms, seeds; see docs/studies.md.")],
     jobs: Annotated[int, typer.Option(min=1, help="Runs made at once, each worker with an engine of its own.")] = 1,
     out: Annotated[Optional[Path], typer.Option(help="The report; what the file says otherwise, or NAME.md.")] = None,
     numbers: Annotated[

@@ -110,7 +110,7 @@ def load(path: Path) -> Study:
     Raises:
         UserError: unreadable, no TOML, an unknown key, a name that nothing has.
     """
-    hint = "docs/study.md shows one"
+    hint = "docs/studies.md shows one"
     return recipe.validated(Study, recipe.read_toml(path, "study", hint, hint), f"study {path.name}")
 
 

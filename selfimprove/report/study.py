@@ -268,8 +268,8 @@ def _header(told: Mapping[str, Any]) -> list[str]:
         "another seed may do is seen in the parentheses and in the column of signs.",
         "Differences are paired by prompt and seed, tested by a paired t-test on the prompts' means over the shared "
         "seeds. **Bold**: the interval, uncorrected, excludes zero. Holm p is corrected over its table; the words go "
-        f'by it: "improves" and "worse" where it is below {LEVEL}, "no difference shown" elsewhere, which is not the same as '
-        "no difference.",
+        f'by it: "improves" and "worse" where it is below {LEVEL}, "no difference shown" elsewhere, which is not the '
+        "same as no difference.",
     ]
     if told["failed"]:
         rows = [[f"`{name}`", why] for name, why in told["failed"].items()]
