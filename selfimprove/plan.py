@@ -114,6 +114,8 @@ def steps(recipe: Recipe) -> Iterator[Step]:
 
         if golds and t > 1:  # a gold is judged once
             completions |= {"earlier": at(t - 1, "label")}
+            if now.label.acquire:  # and a prompt is acquired once
+                completions |= {f"acquired-{k}": at(k, "label") for k in range(1, t)}
         asks = label.asks_models(now.label)
         judges = {"initial": initial} | ({"current": current} if asks else {})
         yield Step(t, place["label"], label, now.label, completions | golds, judges, asks)

@@ -12,6 +12,7 @@ from typing import Any
 
 from selfimprove.demo import world
 from selfimprove.engine.protocol import Completion, Progress, Request, Sampling
+from selfimprove.store import model_identity
 
 
 class FakeEngine:
@@ -21,9 +22,10 @@ class FakeEngine:
         self.swap(model)
 
     def swap(self, model: Path) -> None:
-        """Take the tokenizer of `model`."""
+        """Take the tokenizer of `model`, and its identity for `prompt_logprobs`."""
         import transformers
 
+        self._identity = model_identity(model)
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[list[Completion]]:
@@ -36,8 +38,9 @@ class FakeEngine:
         return completions
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities of -1 nat."""
-        return [[-1.0] * (len(ids) - 1) for ids in sequences]
+        """Noise of mean -1 nat, the same for the same sequence under the same weights: models differ in opinion."""
+        dice = (random.Random(f"{self._identity}/{list(ids)}") for ids in sequences)
+        return [[-2 * rng.random() for _ in ids[1:]] for rng, ids in zip(dice, sequences, strict=True)]
 
     def sleep(self) -> None:
         """Nothing to give back."""

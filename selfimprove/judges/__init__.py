@@ -12,6 +12,7 @@ from pydantic import Field
 from selfimprove import chat
 from selfimprove.demo import world
 from selfimprove.recipe import Choice
+from selfimprove.records import Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,13 @@ class Panel(Protocol):
 
     def logps(self, model: str, rows: Sequence[tuple[str, Sequence[int]]]) -> list[float | None]:
         """Summed log-probability (nats) of the ids that answer each prompt; None where the context is too small."""
+
+
+def candidate(row: Generation, answer: str | None = None) -> Candidate:
+    """A completion as judges see it."""
+    return Candidate(
+        row.prompt_id, row.prompt, row.source, row.sample, row.text, row.token_ids, row.finish_reason, answer
+    )
 
 
 Judge = Callable[[Sequence[Candidate], Panel], list[Opinion]]

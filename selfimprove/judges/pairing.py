@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from selfimprove.judges import Candidate
+from selfimprove.records import Message, Pair
 
 
 class Judged(NamedTuple):
@@ -18,6 +19,29 @@ class Dropped(NamedTuple):
     """No pair, and why."""
 
     reason: str
+
+
+def as_row(
+    iteration: int, number: int, prompt_token_ids: list[int], source: str, chosen: Judged, rejected: Judged
+) -> Pair:
+    """The `number`-th pair of a prompt as the row that is stored; `source` is the data's."""
+    better, worse = chosen.candidate, rejected.candidate
+    return Pair(
+        pair_id=f"i{iteration}/{better.prompt_id}/{number}",
+        prompt=[Message(role="user", content=better.prompt)],
+        chosen=[Message(role="assistant", content=better.text)],
+        rejected=[Message(role="assistant", content=worse.text)],
+        prompt_id=better.prompt_id,
+        iteration=iteration,
+        chosen_source=better.source,
+        rejected_source=worse.source,
+        chosen_score=chosen.score,
+        rejected_score=rejected.score,
+        prompt_token_ids=prompt_token_ids,
+        chosen_token_ids=better.token_ids,
+        rejected_token_ids=worse.token_ids,
+        source=source,
+    )
 
 
 Pairs = list[tuple[Judged, Judged]]  # (chosen, rejected)

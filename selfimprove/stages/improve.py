@@ -8,7 +8,7 @@ from pathlib import Path
 
 from selfimprove import chat, data, recipe
 from selfimprove.errors import UserError
-from selfimprove.judges import Candidate, verifier
+from selfimprove.judges import candidate, verifier
 from selfimprove.records import Generation, Seed
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import read_rows
@@ -48,19 +48,7 @@ def run(io: StageIO, section: recipe.Improve) -> None:
 def train_improver(io: StageIO, section: recipe.Improve, seeds: list[Seed], own: list[Generation]) -> Path:
     """SFT of the initial model on the triples whose gold beats the current policy's own answer."""
     golds = {seed.prompt_id: seed.completion for seed in seeds}
-    judged = [
-        Candidate(
-            prompt_id=row.prompt_id,
-            prompt=row.prompt,
-            source="current",
-            sample=0,
-            text=row.text,
-            token_ids=row.token_ids,
-            finish_reason=row.finish_reason,
-            answer=golds[row.prompt_id],
-        )
-        for row in own
-    ]
+    judged = [candidate(row, golds[row.prompt_id]) for row in own]
     examples = []
     for row, opinion in zip(own, verifier(judged, checker="exact"), strict=True):
         if opinion.score is not None and 1.0 - opinion.score > section.min_gap:

@@ -24,6 +24,7 @@ class Ask(NamedTuple):
     prompt_id: str
     text: str
     sample: int = 0  # number of the first completion
+    given: Sequence[int] = ()  # token ids that the answer begins with
 
 
 @dataclass
@@ -60,7 +61,7 @@ class StageIO:
         room = self.engine_section.max_model_len - sampling.max_tokens
         asked, requests = [], []
         for ask in asks:
-            ids = self.chat.prompt_ids(ask.text)
+            ids = [*self.chat.prompt_ids(ask.text), *ask.given]
             if len(ids) > room:
                 for k in range(n):
                     row = f"{ask.prompt_id}/{source}/{ask.sample + k}"
@@ -129,16 +130,24 @@ class StageIO:
 
     def logps(self, model: str, rows: Sequence[tuple[str, Sequence[int]]]) -> list[float | None]:
         """See judges.Panel."""
-        before = [self.chat.prompt_ids(text) for text, _ in rows]
+        scored = self.score(self.models[model], [(self.chat.prompt_ids(text), ids) for text, ids in rows])
+        return [None if logprobs is None else sum(logprobs) for logprobs in scored]
+
+    def score(self, model: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float] | None]:
+        """Log-probability under `model` of each token of an answer, given its prompt and what stands before it.
+
+        None for an empty answer, and where the context is too small: an engine scores a sequence only where one token
+        more would fit.
+        """
         limit = self.engine_section.max_model_len
-        fitting = [i for i, (_, ids) in enumerate(rows) if ids and len(before[i]) + len(ids) <= limit]
+        fitting = [i for i, (prompt, ids) in enumerate(rows) if ids and len(prompt) + len(ids) < limit]
         engine = self.open_engine()
-        engine.swap(self.models[model])
-        scored = engine.prompt_logprobs([before[i] + list(rows[i][1]) for i in fitting])
-        sums: list[float | None] = [None] * len(rows)
+        engine.swap(model)
+        scored = engine.prompt_logprobs([[*rows[i][0], *rows[i][1]] for i in fitting])
+        found: list[list[float] | None] = [None] * len(rows)
         for i, logprobs in zip(fitting, scored, strict=True):
-            sums[i] = sum(logprobs[len(before[i]) - 1 :])
-        return sums
+            found[i] = logprobs[len(rows[i][0]) - 1 :]
+        return found
 
     def train(
         self,

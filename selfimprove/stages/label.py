@@ -2,12 +2,13 @@
 
 import itertools
 import random
+from collections.abc import Mapping
 
 from selfimprove import data, judges, recipe
 from selfimprove.errors import UserError
-from selfimprove.judges import JUDGES, Candidate, Judge, Opinion
-from selfimprove.judges.pairing import RULES, Dropped, Judged, Rule
-from selfimprove.records import Flip, Generation, Message, Pair, Seed, Verdict
+from selfimprove.judges import JUDGES, Candidate, Judge, Opinion, acquisition
+from selfimprove.judges.pairing import RULES, Dropped, Judged, Rule, as_row
+from selfimprove.records import Flip, Generation, Pair, Seed, Verdict
 from selfimprove.stages.io import StageIO
 from selfimprove.store import read_rows
 
@@ -42,27 +43,29 @@ def run(io: StageIO, section: recipe.Label) -> None:
     """Write verdicts-*.parquet, pairs-*.parquet, and flips-*.parquet where scores turned labels over."""
     judge, rule = check(section)
     candidates, prompt_ids = _candidates(io)
+    if section.acquire:
+        acquired = _acquired(io, section.acquire)
+        candidates = [c for c in candidates if c.prompt_id in acquired]
     opinions = _opinions(io, judge, judges.identity(section.judge), candidates)
 
     pairs: list[Pair] = []
     judged = (Judged(c, o.score) for c, o in zip(candidates, opinions, strict=True))
     sources = {s.prompt_id: s.source for s in _seeds(io)}
-    prompts = paired = 0
+    paired = 0
     for prompt_id, group in itertools.groupby(judged, key=lambda j: j.candidate.prompt_id):
-        prompts += 1
         found = rule(list(group), random.Random(io.row_seed(prompt_id)))
         if isinstance(found, Dropped):
             io.out.quarantine(prompt_id, found.reason)
         else:
             paired += 1
             source = sources.get(prompt_id, "")
-            pairs += [_pair(io.iteration, k, prompt_ids[prompt_id], source, *one) for k, one in enumerate(found)]
+            pairs += [as_row(io.iteration, k, prompt_ids[prompt_id], source, *one) for k, one in enumerate(found)]
     if section.quota is not None and len(pairs) > section.quota:
         kept = random.Random(io.row_seed("quota")).sample(range(len(pairs)), section.quota)
         io.out.metrics["pairs over quota"] = len(pairs) - section.quota
         pairs = [pairs[i] for i in sorted(kept)]
     io.out.write_rows("pairs", Pair, pairs)
-    io.out.contract("prompt", prompts, paired)
+    io.out.contract("prompt", len(prompt_ids), paired)
     if section.pairing.name == "dynamic":
         flips = [
             Flip(p.pair_id, p.prompt_id, p.iteration, p.rejected_source, p.rejected_score, p.chosen_score)
@@ -84,6 +87,67 @@ def run(io: StageIO, section: recipe.Label) -> None:
             f"iteration {io.iteration}: no prompt gave a pair ({_reasons(io)})",
             "more samples (generate.n), another judge or another pairing rule",
         )
+
+
+def _acquired(io: StageIO, section: recipe.Acquire) -> set[str]:
+    """The prompts that are worth a label (active preference learning, arXiv 2402.08114); the others are set aside.
+
+    What an earlier round has labelled is not taken again: the paper's pool shrinks. Where the prompts are new in each
+    round there is nothing to leave out.
+    """
+    known = {
+        verdict.prompt_id
+        for name, directory in io.inputs.items()
+        if name.startswith("acquired-")
+        for verdict in read_rows(directory, "verdicts", Verdict)
+    }
+    answers: dict[str, list[Generation]] = {}
+    for row in read_rows(io.inputs["generations"], "generations", Generation):
+        own = answers.setdefault(row.prompt_id, [])
+        if row.source == "current":
+            own.append(row)
+    pool = {prompt_id: rows for prompt_id, rows in answers.items() if prompt_id not in known}
+    if not pool:
+        raise UserError(
+            f"iteration {io.iteration}: every prompt has been labelled in an earlier round",
+            "fewer rounds, a smaller label.acquire.prompts, or more seeds",
+        )
+    measured = _measured(io, section, pool)
+    taken = acquisition.first(measured, section.prompts, random.Random(io.row_seed("acquire")))
+    for prompt_id in answers:
+        if prompt_id not in taken:
+            io.out.quarantine(prompt_id, "acquired in an earlier round" if prompt_id in known else "not acquired")
+    io.out.metrics |= {"pool": len(pool), "acquired": len(taken)}
+    if section.by != "random":
+        name, sign = ("entropy", -1) if section.by == "entropy" else ("uncertainty", 1)
+        for which, of in (("pool", measured.keys()), ("acquired", taken)):
+            values = [value for prompt_id in of if (value := measured[prompt_id]) is not None]
+            io.out.metrics[f"{name} of the {which}"] = sign * sum(values) / len(values) if values else None
+    return taken
+
+
+def _measured(io: StageIO, section: recipe.Acquire, pool: Mapping[str, list[Generation]]) -> dict[str, float | None]:
+    """Smallest first: the uncertainty of the two first answers' order, or the negated entropy."""
+    if section.by == "random":
+        return dict.fromkeys(pool, 0.0)
+    if section.by == "entropy":
+        return {
+            name: -acquisition.entropy([sum(row.logprobs) for row in rows]) if rows else None
+            for name, rows in pool.items()
+        }
+    rows = [row for own in pool.values() for row in own[:2]]
+    # before any training the gaps are all zero, and what an engine's rounding makes of them is no order
+    untrained = bool(rows) and rows[0].policy == io.identities["initial"]
+    initial = (
+        [sum(row.logprobs) for row in rows]
+        if untrained
+        else io.logps("initial", [(row.prompt, row.token_ids) for row in rows])
+    )
+    rewards: dict[str, list[float]] = {}
+    for row, logp in zip(rows, initial, strict=True):
+        if logp is not None:
+            rewards.setdefault(row.prompt_id, []).append(acquisition.reward(sum(row.logprobs), logp, section.beta))
+    return {name: acquisition.uncertainty(*pair) if len(pair := rewards.get(name, [])) == 2 else None for name in pool}
 
 
 def _opinions(io: StageIO, judge: Judge | None, identity: str, candidates: list[Candidate]) -> list[Opinion]:
@@ -133,31 +197,8 @@ def _candidates(io: StageIO) -> tuple[list[Candidate], dict[str, list[int]]]:
             ids = io.chat.completion_ids(gold.prompt, gold.completion)
             candidates.append(Candidate(prompt_id, gold.prompt, "gold", 0, gold.completion, ids, "stop"))
         answer = gold.completion if gold else None
-        candidates += [
-            Candidate(prompt_id, r.prompt, r.source, r.sample, r.text, r.token_ids, r.finish_reason, answer)
-            for r in group
-        ]
+        candidates += [judges.candidate(row, answer) for row in group]
     return candidates, {prompt_id: group[0].prompt_token_ids for prompt_id, group in by_prompt.items()}
-
-
-def _pair(iteration: int, number: int, prompt_ids: list[int], source: str, chosen: Judged, rejected: Judged) -> Pair:
-    better, worse = chosen.candidate, rejected.candidate
-    return Pair(
-        pair_id=f"i{iteration}/{better.prompt_id}/{number}",
-        prompt=[Message(role="user", content=better.prompt)],
-        chosen=[Message(role="assistant", content=better.text)],
-        rejected=[Message(role="assistant", content=worse.text)],
-        prompt_id=better.prompt_id,
-        iteration=iteration,
-        chosen_source=better.source,
-        rejected_source=worse.source,
-        chosen_score=chosen.score,
-        rejected_score=rejected.score,
-        prompt_token_ids=prompt_ids,
-        chosen_token_ids=better.token_ids,
-        rejected_token_ids=worse.token_ids,
-        source=source,
-    )
 
 
 def _reasons(io: StageIO) -> str:

@@ -25,6 +25,7 @@ class PairRow(NamedTuple):
     rejected_ids: list[int]
     # SPPO: how often chosen and rejected win against the prompt's samples, and chosen against rejected
     win_rates: tuple[float, float, float] | None = None
+    source: str = ""  # of the data
 
 
 def example(row_id: str, prompt_ids: list[int], completion_ids: list[int]) -> PairRow:

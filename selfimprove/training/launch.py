@@ -101,8 +101,8 @@ def _job(values: dict[str, Any]) -> Job:
 
     paths = {name: Path(values[name]) for name in ("out", "metrics", "scratch", "cache")}
     rows = [
-        PairRow(name, prompt, chosen, rejected, rates and (rates[0], rates[1], rates[2]))
-        for name, prompt, chosen, rejected, rates in values["rows"]
+        PairRow(name, prompt, chosen, rejected, rates and (rates[0], rates[1], rates[2]), source)
+        for name, prompt, chosen, rejected, rates, source in values["rows"]
     ]
     return Job(
         **values

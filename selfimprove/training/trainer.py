@@ -1,8 +1,8 @@
 """The training loop: load, check, optimiser steps, checkpoints, a plain model directory at the end."""
 
+import itertools
 import json
 import random
-import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import transformers
 
 from selfimprove import recipe
-from selfimprove.engine import canary
 from selfimprove.errors import UserError
-from selfimprove.store import model_files
-from selfimprove.training import adapters, checkpoint, distributed, losses, references, weights
+from selfimprove.training import adapters, checkpoint, distributed, export, losses, references, weights
 from selfimprove.training.distributed import World
 from selfimprove.training.job import Job, PairRow, Weights
 from selfimprove.training.learner import Learner
@@ -74,7 +71,7 @@ def fit(job: Job, world: World) -> dict[str, float]:
     finally:
         log.close()
     _save(job, policy, module, world)
-    return shown | {"packed": float(mode == "packed")}
+    return shown | {"packed": float(mode == "packed"), "chunks": float(len(chunks))}
 
 
 def _policy(job: Job, world: World) -> Scorer:
@@ -222,21 +219,65 @@ def _chunks(job: Job, mode: Mode, world: World) -> list[list[PairRow]]:
     section = job.preference
     if section is None or section.chunks is None:
         return [job.rows]
+    if section.chunks.by == "source":
+        return _source_chunks(job, section.chunks, mode, world)
     rows = list(job.rows)
     if len(rows) < section.chunks.number:
         raise UserError(f"{len(rows)} pairs cannot make {section.chunks.number} chunks", "lower train.chunks.number")
     if section.chunks.order == "random":
         random.Random(f"{job.seed}/chunks").shuffle(rows)
     elif section.chunks.order == "easy_to_hard":
-        under = _cached(job, job.references["initial"], list(trees_of(rows).trees), mode, world)
-
-        def ease(row: PairRow) -> float:
-            better, worse = (under.sum(row.prompt_ids, r) / max(1, len(r)) for r in (row.chosen_ids, row.rejected_ids))
-            return better - worse
-
-        rows.sort(key=ease, reverse=True)
+        ease = _eases(job, rows, mode, world)
+        rows = [rows[i] for i in sorted(range(len(rows)), key=lambda i: -ease[i])]
     cuts = [round(k * len(rows) / section.chunks.number) for k in range(section.chunks.number + 1)]
     return [rows[a:b] for a, b in pairwise(cuts)]
+
+
+def _source_chunks(job: Job, section: recipe.Chunks, mode: Mode, world: World) -> list[list[PairRow]]:
+    """Each data source whole in one chunk, the easy sources first: by the reward accuracy of the initial model.
+
+    A policy has no implicit reward against itself, so "accuracy" is how often the initial model gives the chosen
+    answer more log-prob per token than the rejected one (sDPO does not say which reward it measures).
+    """
+    sources: dict[str, list[PairRow]] = {}
+    for row in job.rows:
+        sources.setdefault(row.source, []).append(row)
+    if len(sources) < 2:
+        raise UserError(
+            "chunks by source need pairs of two data sources or more, and all are of one",
+            "name the 'source' of each row of data.seeds, or set train.chunks.by = \"pair\"",
+        )
+    names = list(sources)
+    if section.order == "random":
+        random.Random(f"{job.seed}/chunks").shuffle(names)
+    elif section.order == "easy_to_hard":
+        accuracy = {
+            name: sum(ease > 0 for ease in _eases(job, rows, mode, world)) / len(rows) for name, rows in sources.items()
+        }
+        names.sort(key=lambda name: -accuracy[name])
+    parts = contiguous([len(sources[name]) for name in names], section.number)
+    return [[row for name in names[part.start : part.stop] for row in sources[name]] for part in parts]
+
+
+def contiguous(sizes: Sequence[int], number: int) -> list[range]:
+    """Cut a sequence into at most `number` runs of about equal sums, none of them empty."""
+    number = min(number, len(sizes))
+    ends = [0, *itertools.accumulate(sizes)]
+    cuts = [0]
+    for k in range(1, number):
+        possible = range(cuts[-1] + 1, len(sizes) - (number - k) + 1)
+        cuts.append(min(possible, key=lambda i: abs(ends[i] - k * ends[-1] / number)))
+    return [range(a, b) for a, b in pairwise([*cuts, len(sizes)])]
+
+
+def _eases(job: Job, rows: list[PairRow], mode: Mode, world: World) -> list[float]:
+    """By how many nats a token the initial model prefers each pair's chosen answer."""
+    under = _cached(job, job.references["initial"], list(trees_of(rows).trees), mode, world)
+
+    def mean(prompt: list[int], answer: list[int]) -> float:
+        return under.sum(prompt, answer) / max(1, len(answer))
+
+    return [mean(row.prompt_ids, row.chosen_ids) - mean(row.prompt_ids, row.rejected_ids) for row in rows]
 
 
 def _batches(rows: Sequence[PairRow], settings: recipe.Optimizer, seed: str) -> Iterator[list[PairRow]]:
@@ -359,15 +400,4 @@ def _write(job: Job, model: Any) -> None:
     if job.preference and job.preference.extrapolate:
         start = weights.parameters(_load(job.start.path, World(0, 1, model.device)))
         weights.extrapolate_(weights.parameters(model), start, job.preference.extrapolate)
-    model.eval()
-    try:
-        model.save_pretrained(job.out)
-    except safetensors.SafetensorError as error:  # it hides the number of an operating system's error in its text
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), str(error), str(job.out)) from None
-    for path in model_files(job.start.path):
-        if path.name != "config.json" and ".safetensors" not in path.name:
-            shutil.copyfile(path, job.out / path.name)
-    canary.save(job.out, canary.compute(model))
+    export.save(model, job.out, job.start.path)

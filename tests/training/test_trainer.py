@@ -7,17 +7,20 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from selfimprove import recipe
 from selfimprove.engine import canary
 from selfimprove.errors import UserError
 from selfimprove.store import model_identity
 from selfimprove.training import launch
+from selfimprove.training.distributed import World
 from selfimprove.training.job import example
 from selfimprove.training.learner import TrainingFailed
 from selfimprove.training.logps import Scorer
 from selfimprove.training.noise import NoiseDiverged
-from selfimprove.training.trainer import _batches
+from selfimprove.training.trainer import _batches, _chunks, contiguous
 from tests.training.conftest import MODEL, job, lines, weights
 
 DPO = {"loss": {"name": "dpo", "beta": 0.1}, "reference": "previous"}
@@ -157,6 +160,65 @@ class TestChunks:
     def test_more_chunks_than_pairs_is_refused(self, tmp_path, pairs):
         with pytest.raises(UserError, match="cannot make 3 chunks"):
             trained(tmp_path, pairs[:2], SDPO)
+
+    @pytest.mark.parametrize(("number", "sizes"), [(2, [12, 12]), (3, [12, 4, 8]), (9, [12, 4, 8])])
+    def test_sources_stay_whole_and_each_chunk_begins_at_log_2(self, tmp_path, pairs, number, sizes):
+        named = [pair._replace(source="b" if i < 4 else "c" if i < 12 else "a") for i, pair in enumerate(pairs)]
+        given = {**DPO, "chunks": {"by": "source", "number": number, "order": "given"}}
+        last, _ = trained(tmp_path, named, given, epochs=1, batch_size=50)
+        steps = lines(tmp_path)
+        assert [s["loss"] for s in steps] == pytest.approx([math.log(2)] * len(sizes), abs=1e-5)
+        assert last["chunks"] == len(sizes)
+        world = World(0, 1, torch.device("cpu"))
+        chunks = _chunks(job(tmp_path, named, given), "packed", world)
+        assert sorted(map(len, chunks)) == sorted(sizes)
+        names = [list(dict.fromkeys(row.source for row in chunk)) for chunk in chunks]
+        assert [name for own in names for name in own] == ["b", "c", "a"]  # in order of appearance
+
+    def test_sources_go_by_the_reward_accuracy_of_the_initial_model(self, tmp_path, pairs):
+        """Pairs turned over are those where the initial model is mostly wrong: their source comes last."""
+        named = [
+            pair._replace(source="right")
+            if i % 2
+            else pair._replace(source="turned", chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
+            for i, pair in enumerate(pairs)
+        ]
+        by_source = {**DPO, "chunks": {"by": "source", "number": 2}}
+        world = World(0, 1, torch.device("cpu"))
+        for rows in (named, named[::-1]):
+            chunks = _chunks(job(tmp_path, rows, by_source), "packed", world)
+            assert [{row.source for row in chunk} for chunk in chunks] == [{"right"}, {"turned"}]
+
+    def test_one_source_is_refused(self, tmp_path, pairs):
+        with pytest.raises(UserError, match="two data sources"):
+            trained(tmp_path, pairs, {**DPO, "chunks": {"by": "source"}})
+
+    def test_several_processes_are_told_the_sources(self, tmp_path, pairs):
+        told = job(tmp_path, [pairs[0]._replace(source="a", win_rates=(0.5, 0.4, 0.6)), pairs[1]])
+        assert launch._job(json.loads(json.dumps(launch._plain(told)))).rows == told.rows
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 14))
+def test_runs_of_about_equal_sums(sizes, number):
+    parts = contiguous(sizes, number)
+    assert [i for part in parts for i in part] == list(range(len(sizes)))
+    assert len(parts) == min(number, len(sizes))
+    assert all(parts)
+    most = max(sum(sizes[i] for i in part) for part in parts)
+    assert most <= sum(sizes) / len(parts) + max(sizes) + 1e-9
+
+
+class TestRowsDrawnTwice:
+    def test_they_count_twice(self, tmp_path, pairs):
+        """SAPO draws with replacement: twice a pair is its gradient at twice the weight, beside another pair's."""
+        _, once = trained(tmp_path / "once", [pairs[0], pairs[2]], DPO, epochs=1, batch_size=4, max_grad_norm=1e9)
+        _, twice = trained(tmp_path / "twice", [pairs[0], pairs[0], pairs[2]], DPO, epochs=1, batch_size=4)
+        doubled, single = lines(tmp_path / "twice")[0], lines(tmp_path / "once")[0]
+        alone = tmp_path / "alone"
+        trained(alone, [pairs[0]], DPO, epochs=1)
+        mean = (single["logps/chosen"] * 2 + lines(alone)[0]["logps/chosen"]) / 3
+        assert doubled["logps/chosen"] == pytest.approx(mean, rel=1e-6)
+        assert any(not torch.equal(once[name], twice[name]) for name in once)
 
 
 class TestNoise:
