@@ -17,7 +17,7 @@ from selfimprove.data import SHIPPED
 from selfimprove.stages import evaluate, label
 from tests.paths import ROOT
 
-FILES = sorted(recipe.shipped("pipelines").glob("*.toml"))
+FILES = recipe.shipped_recipes()
 PAPERS = [path for path in FILES if path.stem.endswith("_7b")]
 SMALL = [path.stem for path in FILES if path not in PAPERS]
 LOG_2 = pytest.approx(math.log(2), abs=1e-4)
