@@ -240,15 +240,22 @@ def keywords(text: str) -> list[str]:
     return list(dict.fromkeys(w for w in kept if w not in STOP_WORDS))
 
 
-def draw_training_keywords(seed: Seed, others: list[Seed], rng: random.Random) -> list[str] | None:
-    """Two keywords of the seed's prompt and one noise keyword of another seed's, shuffled (SynPO, section 3.1)."""
+def draw_training_keywords(
+    seed: Seed, others: list[Seed], rng: random.Random, *, noise: bool = True
+) -> list[str] | None:
+    """Two keywords of the seed's prompt and one noise keyword of another seed's, shuffled (SynPO, section 3.1).
+
+    Without `noise` three of its own. None where the prompt has too few, or no other has a foreign one.
+    """
     own = keywords(seed.prompt)
+    if not noise:
+        return rng.sample(own, 3) if len(own) >= 3 else None
     order = rng.sample(others, len(others))
     foreign = ([w for w in keywords(other.prompt) if w not in own] for other in order)
-    noise = next((words for words in foreign if words), None)
-    if len(own) < 2 or noise is None:
+    strange = next((words for words in foreign if words), None)
+    if len(own) < 2 or strange is None:
         return None
-    drawn = [*rng.sample(own, 2), rng.choice(noise)]
+    drawn = [*rng.sample(own, 2), rng.choice(strange)]
     rng.shuffle(drawn)
     return drawn
 

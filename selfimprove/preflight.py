@@ -1,5 +1,6 @@
 """Whatever can be known to be wrong before a model is loaded; and a rehearsal with the model, on the CPU."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,8 +8,8 @@ from typing import Any, NamedTuple
 from selfimprove import chat, data
 from selfimprove.errors import UserError
 from selfimprove.models import locate_model
-from selfimprove.recipe import Recipe
-from selfimprove.stages import evaluate, label
+from selfimprove.recipe import Choice, Recipe, Train
+from selfimprove.stages import evaluate, label, train
 from selfimprove.training.job import PairRow
 
 
@@ -64,6 +65,8 @@ def trainable(chosen: Recipe) -> None:
 
     section = chosen.train
     bound = losses.of(section)
+    if section.search:
+        searchable(section)
     for name in chosen.machine.trackers:
         trackers.module_of(name)
     used = [
@@ -110,6 +113,36 @@ def trainable(chosen: Recipe) -> None:
             raise UserError(sentence, hint)
 
 
+def searchable(section: Train) -> None:
+    """Whether the loss can be trained with every beta that is to be tried.
+
+    Raises:
+        UserError: a loss without beta, or with one already; a value that the loss does not take, or that stands twice.
+    """
+    from selfimprove.training import losses
+
+    assert section.search is not None
+    assert isinstance(section.loss, Choice)  # the recipe refuses a mix
+    betas, name = section.search.betas, section.loss.name
+    for wrong, sentence, hint in [
+        (
+            "beta" not in inspect.signature(losses.LOSSES[name].function).parameters,
+            f"train.search looks for a beta, and loss '{name}' has none",
+            "drop train.search, or choose a loss with a beta",
+        ),
+        (
+            "beta" in (section.loss.model_extra or {}),
+            "train.search looks for a beta, and train.loss names one already",
+            f'drop it, for example train.loss = {{ name = "{name}" }}, or drop train.search',
+        ),
+        (len(set(betas)) != len(betas), "train.search.betas has a value twice", "give each once"),
+    ]:
+        if wrong:
+            raise UserError(sentence, hint)
+    for beta in betas:
+        losses.of(train.with_beta(section, beta))
+
+
 def fits_together(chosen: Recipe) -> None:
     """Combinations of settings that would fail, or be ignored, hours into a run.
 
@@ -118,6 +151,8 @@ def fits_together(chosen: Recipe) -> None:
     """
     rule, judge, generated = chosen.label.pairing.name, chosen.label.judge, chosen.generate
     checker = (judge.model_extra or {}).get("checker") if judge else None
+    given = chosen.label.pairing.model_extra or {}
+    anchor = given.get("anchor", "gold")
     room = chosen.engine.max_model_len
     samplings = {
         "generate.sampling": generated.sampling,
@@ -137,9 +172,29 @@ def fits_together(chosen: Recipe) -> None:
             "drop the stage synthesize, or choose another rule",
         ),
         (
-            rule == "improver_vs_initial" and (chosen.improve is None or not generated.initial_n),
-            "pairing 'improver_vs_initial' needs the stage improve and answers of the initial model",
-            "see pipelines/synpo.toml: stages, generate.initial_n",
+            rule == "improver_vs_initial" and chosen.improve is None,
+            "pairing 'improver_vs_initial' needs the stage improve",
+            "see pipelines/synpo.toml: stages, [improve]",
+        ),
+        (
+            rule == "improver_vs_initial" and given.get("rejected", "initial") == "initial" and not generated.initial_n,
+            "pairing 'improver_vs_initial' rejects the initial model's answers, and generate.initial_n = 0 takes none",
+            'set generate.initial_n = 1, or label.pairing.rejected = "current"',
+        ),
+        (
+            rule == "dynamic" and anchor == "improver" and chosen.improve is None,
+            "pairing 'dynamic' with anchor 'improver' needs the stage improve",
+            'see pipelines/synpo.toml: stages, [improve]; or set label.pairing.anchor = "gold"',
+        ),
+        (
+            rule == "dynamic" and anchor == "gold" and chosen.synthesize is not None,
+            "pairing 'dynamic' with anchor 'gold' needs golds, and synthesised prompts have none",
+            'drop the stage synthesize, or set label.pairing.anchor = "improver"',
+        ),
+        (
+            chosen.improve is not None and chosen.improve.kind == "gold_distillation" and chosen.improve.min_gap != 0,
+            "improve.kind 'gold_distillation' trains on every gold and looks at no improve.min_gap",
+            'set improve.min_gap = 0.0, or improve.kind = "improver"',
         ),
         (
             checker == "exact" and chosen.synthesize is not None,

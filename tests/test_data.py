@@ -76,6 +76,16 @@ def test_training_keywords_are_two_own_and_one_foreign():
     assert data.draw_training_keywords(Seed("c", "the of", "z"), [other], random.Random(0)) is None
 
 
+def test_without_noise_all_three_training_keywords_are_own():
+    own, other = Seed("a", "reverse apple banana cherry", "x"), Seed("b", "count tigers lions", "y")
+    drawn = [data.draw_training_keywords(own, [other], random.Random(k), noise=False) for k in range(50)]
+    assert all(len(set(words)) == 3 and set(words) <= set(data.keywords(own.prompt)) for words in drawn)
+    assert len({tuple(words) for words in drawn}) > 10  # other words and other orders
+    two = Seed("c", "reverse apple", "z")
+    assert data.draw_training_keywords(two, [other], random.Random(0), noise=False) is None
+    assert data.draw_training_keywords(two, [other], random.Random(0)) is not None
+
+
 def test_corpus_keywords_share_a_paragraph():
     paragraphs = ["the red fox met a tiger", "a green boat left port", "too short"]
     for k in range(50):

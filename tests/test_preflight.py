@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from selfimprove import recipe
+from selfimprove import preflight, recipe
+from selfimprove.errors import UserError
 from tests.conftest import selfimprove
 
 RECIPES = [path.stem for path in recipe.shipped_recipes()]
@@ -66,3 +67,37 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(settings, says, hi
     assert says in result.err
     assert hint in result.err
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says", "hint"),
+    [
+        ("synpo", ["generate.initial_n=0"], "rejects the initial model's answers", "generate.initial_n = 1"),
+        ("synpo", ['label.pairing={name="dynamic"}'], "anchor 'gold' needs golds", 'anchor = "improver"'),
+        ("default", ['label.pairing={name="dynamic", anchor="improver"}'], "needs the stage improve", "[improve]"),
+        ("default", ['label.pairing={name="improver_vs_initial"}'], "needs the stage improve", "[improve]"),
+        ("synpo", ["improve.kind=gold_distillation", "improve.min_gap=0.2"], "looks at no improve.min_gap", "0.0"),
+        ("synpo", ["train.search.betas=[2.0, 4.0]"], "train.loss names one already", 'train.loss = { name = "simpo" }'),
+        ("synpo", ['train.loss={name="orpo"}', "train.search.betas=[2.0, 4.0]"], "loss 'orpo' has none", "with a beta"),
+        ("synpo", ['train.loss={name="simpo"}', "train.search.betas=[2.0, -4.0]"], "parameter 'beta'", "gamma"),
+        ("synpo", ['train.loss={name="simpo"}', "train.search.betas=[2.0, 2.0]"], "a value twice", "once"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused(name, settings, says, hint):
+    with pytest.raises(UserError) as raised:
+        preflight.check(recipe.load(recipe.find(name), settings))
+    assert says in raised.value.message
+    assert hint in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["label.pairing.rejected=current", "generate.initial_n=0"],
+        ['label.pairing={name="dynamic", anchor="improver"}', "generate.initial_n=0"],
+        ["improve.kind=gold_distillation"],
+        ['train.loss={name="simpo", gamma=1.0}', "train.search.betas=[2.0, 4.0]"],
+    ],
+)
+def test_the_variants_of_synpo_pass(settings):
+    preflight.check(recipe.load(recipe.find("synpo"), settings))

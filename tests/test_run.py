@@ -264,7 +264,7 @@ class TestStale:
         planned = {
             (p["iteration"], p["stage"]): p["why"] for p in json.loads(selfimprove("plan", "fake", "--json").out)
         }
-        assert planned[1, "3-label"] == "version 1 -> 99"
+        assert planned[1, "3-label"] == "version 2 -> 99"
 
     def test_a_changed_template_is_named(self, fake_run, monkeypatch, tmp_path):
         from selfimprove import chat

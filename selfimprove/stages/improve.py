@@ -1,7 +1,9 @@
 """The response improver (SynPO, arXiv 2410.06961, section 3.2).
 
 Trained each iteration from the initial model on (seed prompt, the current policy's own answer) -> gold, where the
-gold is better than that answer; it then rewrites the current policy's drafts of the new prompts.
+gold is better than that answer; it then rewrites the current policy's drafts of the new prompts. The control
+`gold_distillation` tells the worth of rewriting from that of the golds: the initial model trained on prompt -> gold
+answers the new prompts, and no draft is seen.
 """
 
 from pathlib import Path
@@ -22,25 +24,30 @@ IMPROVER = "improver"
 def run(io: StageIO, section: recipe.Improve) -> None:
     """Write refinements-*.parquet and the improver."""
     seeds = data.read_seeds(io.inputs["seeds"])
-    asks = [Ask(seed.prompt_id, seed.prompt) for seed in seeds]
-    own = io.complete("answering the seeds", io.models["current"], asks, 1, section.sampling, "seed answer")
-    improver = train_improver(io, section, seeds, own)
+    distilled = section.kind == "gold_distillation"
+    first = [] if distilled else [Ask(seed.prompt_id, seed.prompt) for seed in seeds]
+    own = []
+    if first:
+        own = io.complete("answering the seeds", io.models["current"], first, 1, section.sampling, "seed answer")
+    improver = distil(io, section, seeds) if distilled else train_improver(io, section, seeds, own)
 
     drafts = [
         row
         for row in read_rows(io.inputs["generations"], "generations", Generation)
         if row.source == "current" and row.sample < section.n
     ]
-    asks = [
-        Ask(row.prompt_id, chat.render("improve", {"question": row.prompt, "answer": row.text}), row.sample)
+    requests = [
+        row.prompt if distilled else chat.render("improve", {"question": row.prompt, "answer": row.text})
         for row in drafts
     ]
-    rewritten = io.complete("rewriting the drafts", improver, asks, 1, section.sampling, "improver")
+    asks = [Ask(row.prompt_id, request, row.sample) for row, request in zip(drafts, requests, strict=True)]
+    what = "answering the prompts" if distilled else "rewriting the drafts"
+    rewritten = io.complete(what, improver, asks, 1, section.sampling, "improver")
     # the pair's prompt is the question itself, not the request to improve
     questions = {row.prompt_id: (row.prompt, row.prompt_token_ids) for row in drafts}
     rows = [_asked(row, *questions[row.prompt_id]) for row in rewritten]
     io.out.write_rows("refinements", Generation, rows)
-    io.out.contract("draft", len(drafts) + len(seeds), len(rows) + len(own))
+    io.out.contract("draft", len(drafts) + len(first), len(rows) + len(own))
     changed = {(r.prompt_id, r.sample): r.text for r in drafts}
     io.out.metrics["changed share"] = sum(changed[r.prompt_id, r.sample] != r.text for r in rows) / max(1, len(rows))
 
@@ -62,6 +69,16 @@ def train_improver(io: StageIO, section: recipe.Improve, seeds: list[Seed], own:
             "lower improve.min_gap, or add harder seeds",
         )
     return io.train("training the response improver", examples, "initial", IMPROVER, section.improver, quarantine=False)
+
+
+def distil(io: StageIO, section: recipe.Improve, seeds: list[Seed]) -> Path:
+    """SFT of the initial model on every seed's prompt -> gold, without a draft."""
+    examples = [
+        example(seed.prompt_id, io.chat.prompt_ids(seed.prompt), io.chat.completion_ids(seed.prompt, seed.completion))
+        for seed in seeds
+    ]
+    io.out.metrics["improver examples"] = len(examples)
+    return io.train("distilling the golds", examples, "initial", IMPROVER, section.improver, quarantine=False)
 
 
 def _asked(row: Generation, prompt: str, prompt_token_ids: list[int]) -> Generation:

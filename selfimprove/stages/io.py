@@ -149,6 +149,17 @@ class StageIO:
             found[i] = logprobs[len(rows[i][0]) - 1 :]
         return found
 
+    def admit(
+        self,
+        rows: Sequence[PairRow],
+        optimizer: recipe.Optimizer,
+        dropped: Callable[[str, str], None] = lambda row_id, reason: None,
+    ) -> list[PairRow]:
+        """The rows that `train` would train on; see training.rows."""
+        from selfimprove.training.rows import admit
+
+        return admit(rows, optimizer, self.chat.stop_token_ids, self.chat.tokenizer.bos_token_id, dropped)
+
     def train(
         self,
         what: str,
@@ -159,49 +170,52 @@ class StageIO:
         preference: recipe.Train | None = None,
         *,
         quarantine: bool = True,
+        trial: bool = False,
     ) -> Path:
         """Train the model called `start` on the rows and write `out`/ and its metrics; returns where.
 
         Rows that cannot be trained on are counted by reason, and quarantined where they are what the stage accounts
-        for. The engine gives the device's memory back before.
+        for. The engine gives the device's memory back before. A trial is looked at and thrown away: it is made in
+        `scratch`, its metrics too, and says nothing in the manifest; all trials of a stage draw the same batches.
         """
         from selfimprove.training import launch
-        from selfimprove.training.rows import admit
 
         reasons: Counter[str] = Counter()
 
         def dropped(row_id: str, reason: str) -> None:
             reasons[reason] += 1
-            if quarantine:
+            if quarantine and not trial:
                 self.out.quarantine(row_id, reason)
 
-        bos = self.chat.tokenizer.bos_token_id
-        kept = admit(rows, optimizer, self.chat.stop_token_ids, bos, dropped)
-        self.out.metrics[f"{out} rows"] = len(kept)
-        self.out.metrics[f"{out} rows dropped"] = dict(reasons)
+        kept = self.admit(rows, optimizer, dropped)
+        folder = self.scratch / out if trial else self.out.partial
+        metrics = "metrics.jsonl" if out == "policy" else f"{out}-metrics.jsonl"
         self.open_engine().sleep()
         job = Job(
             rows=kept,
             start=self._weights(start),
-            out=self.out.path(out),
-            metrics=self.out.path("metrics.jsonl" if out == "policy" else f"{out}-metrics.jsonl"),
+            out=folder / out,
+            metrics=folder / metrics,
             scratch=self.scratch / out,
             cache=self.cache,
             optimizer=optimizer,
             machine=self.machine,
-            seed=self.row_seed(out),
+            seed=self.row_seed("trial" if trial else out),
             progress=lambda done, total: self.progress(what, done, total),
             preference=preference,
             references={name: self._weights(name) for name in self.models if name != "start"},
             name=f"{self.iteration}-{self.stage}-{out}",
         )
         last = launch.train(job)
+        passes = optimizer.epochs
+        self.out.tokens += passes * sum(len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in kept)
+        if trial:
+            return job.out
+        self.out.metrics |= {f"{out} rows": len(kept), f"{out} rows dropped": dict(reasons)}
         if preference is None:
             self.out.metrics[f"{out} loss"] = last["loss"]
         else:
             self.out.metrics |= {name: value for name, value in last.items() if name not in MEASURED}
-        passes = optimizer.epochs
-        self.out.tokens += passes * sum(len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in kept)
         return job.out
 
     def _weights(self, name: str) -> Weights:

@@ -1,0 +1,108 @@
+"""Near duplicates against a brute-force Jaccard; overlap with the evaluation set against a plain search in words."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfimprove import data, dedup
+
+WORDS = [f"w{i}" for i in range(40)]
+texts = st.lists(st.sampled_from(WORDS[:6]), max_size=9).map(" ".join)
+
+
+def trigrams(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[i : i + 3]) for i in range(len(words) - 2)} or {tuple(words)}
+
+
+def jaccard(a: str, b: str) -> float:
+    return len(trigrams(a) & trigrams(b)) / len(trigrams(a) | trigrams(b))
+
+
+def test_near_duplicates_are_those_of_brute_force_but_at_the_threshold():
+    """Four standard deviations of the estimate around the threshold are left to chance."""
+    rng = random.Random(0)
+    wrong, near, far = [], 0, 0
+    for _ in range(300):
+        words = rng.choices(WORDS, k=rng.randrange(20, 90))
+        other = list(words)
+        for _ in range(rng.randrange(1, 5)):
+            other[rng.randrange(len(words))] = rng.choice(WORDS)
+        text, edited = " ".join(words), " ".join(other)
+        truth = jaccard(text, edited)
+        if text == edited or abs(truth - 0.8) < 4 * (0.8 * 0.2 / dedup.PERMUTATIONS) ** 0.5:
+            continue
+        near, far = near + (truth > 0.8), far + (truth < 0.8)
+        seen = dedup.Seen(0.8)
+        seen.add(text, "of a seed")
+        if (seen.reason(edited) == "near duplicate of a seed") != (truth > 0.8):
+            wrong.append((truth, text, edited))
+    assert not wrong
+    assert min(near, far) >= 30
+
+
+def test_the_estimate_is_exact_where_two_prompts_have_the_same_trigrams():
+    seen = dedup.Seen(1.0)
+    seen.add("a b c a b c a", "of a seed")
+    assert seen.reason("b c a b c a b c") == "near duplicate of a seed"  # other words, the same trigrams
+    assert seen.reason("b c a b c a d") is None
+
+
+@pytest.mark.parametrize("similarity", [0.1, 0.5, 0.8, 0.95, 1.0])
+def test_the_hashing_shows_a_pair_of_the_threshold_nearly_always(similarity):
+    bands, rows = dedup.bands(similarity)
+    assert bands * rows <= dedup.PERMUTATIONS
+    assert bands >= 2
+    assert 1 - (1 - similarity**rows) ** bands >= dedup.RECALL
+
+
+def test_the_reason_names_the_most_similar_prompt_and_exact_comes_before_near():
+    seed = " ".join(WORDS[:30])
+    earlier = f"{seed} more words"
+    seen = dedup.Seen(0.7)
+    seen.add(seed, "of a seed")
+    seen.add(earlier, "of an earlier round")
+    assert seen.reason(seed.upper() + "!") == "duplicate of a seed"
+    assert seen.reason(f"{seed} more words still") == "near duplicate of an earlier round"
+    assert seen.reason(f"{seed} else") == "near duplicate of a seed"
+    assert seen.reason("something else entirely") is None
+
+
+def test_short_prompts_are_near_duplicates_of_nothing_but_themselves():
+    seen = dedup.Seen(0.8)
+    seen.add("sort fox", "of a seed")
+    assert seen.reason("Sort: fox.") == "duplicate of a seed"
+    assert seen.reason("sort fox pen") is None
+    assert seen.reason("fox sort") is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(texts, max_size=4), texts, st.integers(1, 5))
+def test_overlap_is_that_of_a_search_in_the_words(heldout, prompt, n):
+    def spaced(words: list[str]) -> str:
+        return f" {' '.join(words)} "
+
+    expected = None
+    for words in map(str.split, heldout):
+        if words == prompt.split():
+            expected = "in the evaluation set"
+            break
+        pieces = [words[i : i + n] for i in range(max(1, len(words) - n + 1))] if words else []
+        if any(spaced(piece) in spaced(prompt.split()) for piece in pieces):
+            expected = "overlaps the evaluation set"
+    assert dedup.HeldOut(heldout, n).reason(prompt) == expected
+
+
+def test_thirteen_words_in_a_row_are_too_many_and_twelve_are_not():
+    heldout = dedup.HeldOut([" ".join(WORDS[:20])], 13)
+    assert heldout.reason("please " + " ".join(WORDS[2:15]) + " now") == "overlaps the evaluation set"
+    assert heldout.reason("please " + " ".join(WORDS[2:14]) + " now") is None
+
+
+def test_the_same_prompts_are_judged_alike_in_every_process():
+    """The sketch's first values, so that another release of the library that hashes otherwise is noticed."""
+    sketch = dedup.Seen(0.8)._sketch("Put this list in alphabetical order")
+    assert sketch.hashvalues.tolist()[:3] == [479789291, 357278147, 2778648499]
+    assert dedup.shingles("Put, this list") == {data.fold("put this list")}
