@@ -9,7 +9,7 @@ from selfimprove import chat, data
 from selfimprove.errors import UserError
 from selfimprove.models import locate_model
 from selfimprove.recipe import Choice, Recipe, Train
-from selfimprove.stages import evaluate, label, train
+from selfimprove.stages import discriminate, evaluate, label, train
 from selfimprove.training.job import PairRow
 
 
@@ -23,12 +23,16 @@ def check(chosen: Recipe) -> None:
         path = data.locate(getattr(chosen.data, name), name)
         {"seeds": data.read_seeds, "heldout": data.read_heldout, "corpus": data.read_paragraphs}[name](path)
     evaluate.check(chosen.evaluate)
-    for iteration in range(1, chosen.rounds + 1):
-        now = chosen.at(iteration)
-        if iteration == 1 or now != chosen.at(iteration - 1):
+    rounds = [chosen.at(iteration) for iteration in range(1, chosen.rounds + 1)]
+    for iteration, now in enumerate(rounds, 1):
+        if iteration == 1 or now != rounds[iteration - 2]:
             label.check(now.label)
+            if now.discriminate:
+                discriminate.check(now.discriminate)
             fits_together(now)
             trainable(now)
+        if iteration > 1:
+            follows(now, rounds[iteration - 2], iteration)
     directory = locate_model(chosen.model.path)
     positions = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
     if positions is not None and chosen.engine.max_model_len > positions:
@@ -37,6 +41,12 @@ def check(chosen: Recipe) -> None:
             f"set engine.max_model_len to {positions} or less",
         )
     seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
+    by_source = any(now.train.chunks and now.train.chunks.by == "source" for now in rounds)
+    if by_source and len({seed.source for seed in seeds}) < 2:
+        raise UserError(
+            "train.chunks by source needs seeds of two data sources or more",
+            "name the 'source' of each row of data.seeds, or set train.chunks.by = \"pair\"",
+        )
     rendered = chat.Chat(directory)
     for seed in seeds:  # the template must keep the prompt a prefix, and add one BOS
         completion = rendered.completion_ids(seed.prompt, seed.completion)
@@ -73,6 +83,7 @@ def trainable(chosen: Recipe) -> None:
         section.optimizer,
         *([chosen.synthesize.generator] if chosen.synthesize else []),
         *([chosen.improve.improver] if chosen.improve else []),
+        *([chosen.discriminate.optimizer] if chosen.discriminate else []),
         *([chosen.control.optimizer] if chosen.control else []),
     ]
     quantized = any(one.adapter and one.adapter.quantize for one in used)
@@ -143,6 +154,25 @@ def searchable(section: Train) -> None:
         losses.of(train.with_beta(section, beta))
 
 
+def follows(now: Recipe, before: Recipe, iteration: int) -> None:
+    """What a round of a scheduled recipe needs of the round before.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if (now.train.average or now.generate.policy == "average") and not before.train.average:
+        raise UserError(
+            f"round {iteration} uses the average of the policies, and round {iteration - 1} makes none",
+            "set train.average in every round",
+        )
+    if now.train.replay and now.train.replay != before.train.replay:
+        raise UserError(
+            f"train.replay is not in round {iteration} what it is in round {iteration - 1}: what was drawn in earlier"
+            " rounds is drawn again with the same settings",
+            "leave train.replay out of the schedule",
+        )
+
+
 def fits_together(chosen: Recipe) -> None:
     """Combinations of settings that would fail, or be ignored, hours into a run.
 
@@ -150,6 +180,7 @@ def fits_together(chosen: Recipe) -> None:
         UserError: the first that is found.
     """
     rule, judge, generated = chosen.label.pairing.name, chosen.label.judge, chosen.generate
+    acquire, chunks = chosen.label.acquire, chosen.train.chunks
     checker = (judge.model_extra or {}).get("checker") if judge else None
     given = chosen.label.pairing.model_extra or {}
     anchor = given.get("anchor", "gold")
@@ -215,6 +246,61 @@ def fits_together(chosen: Recipe) -> None:
             generated.sampling.temperature == 0 and generated.n > 1,
             f"generate.n = {generated.n} at temperature 0 would be the same answer again and again",
             "raise generate.sampling.temperature, or set generate.n = 1",
+        ),
+        (
+            generated.splice is not None and chosen.synthesize is not None,
+            "generate.splice needs golds, and synthesised prompts have none",
+            "drop the stage synthesize, or generate.splice",
+        ),
+        (
+            generated.splice is not None and generated.splice.segment > generated.sampling.max_tokens,
+            f"generate.splice.segment = {generated.splice.segment if generated.splice else 0} is more than"
+            f" generate.sampling.max_tokens = {generated.sampling.max_tokens}",
+            "a shorter segment, or more max_tokens",
+        ),
+        (
+            generated.policy == "average" and not chosen.train.average,
+            "generate.policy = 'average' needs train.average",
+            "for example train.average = 0.5",
+        ),
+        (
+            acquire is not None and acquire.by in ("entropy", "certainty") and generated.n < 2,
+            f"label.acquire by {acquire.by if acquire else ''} looks at several answers to a prompt, generate.n = 1",
+            "raise generate.n",
+        ),
+        (
+            acquire is not None and acquire.by == "entropy" and generated.splice is not None,
+            "label.acquire by entropy needs answers of the policy's own, and spliced ones are partly the gold's",
+            "drop generate.splice, or acquire by certainty",
+        ),
+        (
+            acquire is not None
+            and acquire.by == "entropy"
+            and (generated.sampling.temperature, generated.sampling.top_p) != (1, 1),
+            "label.acquire by entropy is an average over samples of the policy itself: temperature 1, top_p 1",
+            "set generate.sampling.temperature = 1.0 and top_p = 1.0",
+        ),
+        (
+            (judge is not None and judge.name == "discriminator") != (chosen.discriminate is not None),
+            "the stage discriminate and label.judge 'discriminator' go together",
+            "see pipelines/d2po.toml",
+        ),
+        (
+            chosen.discriminate is not None and generated.n < 2,
+            "the stage discriminate compares answers to a prompt, generate.n = 1",
+            "raise generate.n",
+        ),
+        (
+            chosen.discriminate is not None
+            and (chosen.discriminate.judge.model_extra or {}).get("checker") == "exact"
+            and chosen.synthesize is not None,
+            "discriminate.judge checker 'exact' needs reference answers, and synthesised prompts have none",
+            "drop the stage synthesize, or choose another judge",
+        ),
+        (
+            chunks is not None and chunks.by == "source" and chosen.synthesize is not None,
+            "train.chunks by source needs data sources, and synthesised prompts have none",
+            'drop the stage synthesize, or set train.chunks.by = "pair"',
         ),
         (
             chosen.improve is not None and chosen.improve.n > generated.n,
