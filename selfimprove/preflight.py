@@ -84,6 +84,7 @@ def trainable(chosen: Recipe) -> None:
         *([chosen.synthesize.generator] if chosen.synthesize else []),
         *([chosen.improve.improver] if chosen.improve else []),
         *([chosen.discriminate.optimizer] if chosen.discriminate else []),
+        *([chosen.sft.optimizer] if chosen.sft else []),
         *([chosen.control.optimizer] if chosen.control else []),
     ]
     quantized = any(one.adapter and one.adapter.quantize for one in used)
@@ -189,6 +190,7 @@ def fits_together(chosen: Recipe) -> None:
         "generate.sampling": generated.sampling,
         "synthesize.sampling": chosen.synthesize and chosen.synthesize.sampling,
         "improve.sampling": chosen.improve and chosen.improve.sampling,
+        "sft.sampling": chosen.sft and chosen.sft.ratings and chosen.sft.sampling,
     }
     longest = {name: sampling.max_tokens for name, sampling in samplings.items() if sampling}
     longest["evaluate"] = chosen.evaluate.max_tokens

@@ -22,6 +22,7 @@ PAPERS = [path for path in FILES if path.stem.endswith("_7b")]
 SMALL = [path.stem for path in FILES if path not in PAPERS]
 LOG_2 = pytest.approx(math.log(2), abs=1e-4)
 SEEDS, HELDOUT = 96, 20
+REAL_ENGINE = ("synpo", "dnpo")  # the others use transformers, which starts at once
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -106,7 +107,7 @@ def miniature(name: str, folder: Path, changes: dict[str, Any]) -> recipe.Recipe
         lines = SHIPPED[table["data"][what]].read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / f"{what}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
         table["data"][what] = str(folder / f"{what}.jsonl")
-    table["engine"]["kind"] = "transformers"
+    table["engine"]["kind"] = "vllm" if name in REAL_ENGINE else "transformers"
     table["evaluate"]["n"] = 1
     table["train"]["optimizer"]["batch_size"] = 8
     if "sft" in table:
@@ -310,4 +311,4 @@ def test_the_page_of_methods_names_every_recipe_and_tests_that_exist():
     for path in FILES:
         assert f"`{path.stem}`" in page, path.stem
     for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page):
-        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+        assert re.search(rf"(def|class) {test}\b", (ROOT / file).read_text(encoding="utf-8")), f"{file}::{test}"
