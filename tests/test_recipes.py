@@ -157,8 +157,7 @@ def test_two_rounds_run_and_both_train_on_pairs(name, made):
         pairs = run.pairs(iteration)
         assert pairs
         assert all(p.iteration == iteration for p in pairs)
-        if run.chosen.label.pairing.name != "dynamic":  # DNPO drops no pair, not even of an answer that is the gold
-            assert all(p.chosen_token_ids != p.rejected_token_ids for p in pairs)
+        assert all(p.chosen_token_ids != p.rejected_token_ids for p in pairs)
         steps = run.steps(iteration)
         assert steps
         assert all(math.isfinite(step["loss"]) and math.isfinite(step["grad_norm"]) for step in steps)

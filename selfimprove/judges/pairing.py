@@ -89,8 +89,9 @@ def dynamic(
     """DNPO's dynamic sample labels (arXiv 2502.05400, section 3.1): whichever scores higher is chosen, none is dropped.
 
     The generated answer is chosen when its score exceeds the anchor's by `threshold`; at exactly `threshold`, `ties`
-    says which. The anchor stays chosen where a score is unknown, against a truncated answer, and against the same text
-    (a pair without gradient). Several answers meet the anchors in turn.
+    says which. The anchor stays chosen where a score is unknown and against a truncated answer. Several answers meet the
+    anchors in turn. Only an answer that equals its anchor makes no pair: it has no gradient, and a batch of such pairs
+    leaves Adam, which rescales, to step along noise.
     """
     anchors = [j for j in judged if j.candidate.source == anchor]
     generated = [j for j in judged if j.candidate.source == "current"]
@@ -99,11 +100,13 @@ def dynamic(
     pairs = []
     for number, own in enumerate(generated):
         fixed = anchors[number % len(anchors)]
+        if own.candidate.text == fixed.candidate.text:
+            continue
         gap = None if own.score is None or fixed.score is None else own.score - fixed.score - threshold
-        may = own.candidate.finish_reason != "length" and own.candidate.text != fixed.candidate.text
-        flipped = may and gap is not None and (gap > 0 or (gap == 0 and ties == "generated"))
+        won = gap is not None and (gap > 0 or (gap == 0 and ties == "generated"))
+        flipped = won and own.candidate.finish_reason != "length"
         pairs.append((own, fixed) if flipped else (fixed, own))
-    return pairs
+    return pairs or Dropped(f"answer equals the {anchor}")
 
 
 def improver_vs_initial(

@@ -105,9 +105,10 @@ class TestDynamic:
         assert dynamic([gold, own], random.Random(0), ties="anchor") == [(gold, own)]
         assert dynamic([gold, own], random.Random(0), threshold=0.1) == [(gold, own)]
 
-    def test_the_same_text_flips_nothing(self):
-        gold, own = judged("g", 0.0, source="gold"), judged("g", 1.0)
-        assert dynamic([gold, own], random.Random(0)) == [(gold, own)]
+    def test_the_same_text_makes_no_pair(self):
+        gold, own, other = judged("g", 0.0, source="gold"), judged("g", 1.0), judged("h", 1.0)
+        assert dynamic([gold, own], random.Random(0)) == Dropped("answer equals the gold")
+        assert dynamic([gold, own, other], random.Random(0)) == [(other, gold)]
 
     def test_rewrites_may_stand_in_for_the_gold(self):
         rewrites = [judged("r", 0.0, source="improver"), judged("s", 1.0, source="improver")]
