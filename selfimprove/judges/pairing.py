@@ -89,9 +89,9 @@ def dynamic(
     """DNPO's dynamic sample labels (arXiv 2502.05400, section 3.1): whichever scores higher is chosen, none is dropped.
 
     The generated answer is chosen when its score exceeds the anchor's by `threshold`; at exactly `threshold`, `ties`
-    says which. The anchor stays chosen where a score is unknown and against a truncated answer. Several answers meet the
-    anchors in turn. Only an answer that equals its anchor makes no pair: it has no gradient, and a batch of such pairs
-    leaves Adam, which rescales, to step along noise.
+    says which. The anchor stays chosen where a score is unknown and against a truncated answer. Several answers meet
+    the anchors in turn. Only an answer that equals its anchor makes no pair: such pairs have no gradient, and Adam,
+    which rescales, would step along noise.
     """
     anchors = [j for j in judged if j.candidate.source == anchor]
     generated = [j for j in judged if j.candidate.source == "current"]
