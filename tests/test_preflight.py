@@ -9,7 +9,7 @@ from selfimprove import preflight, recipe
 from selfimprove.errors import UserError
 from tests.conftest import selfimprove
 
-RECIPES = [path.stem for path in recipe.shipped_recipes()]
+RECIPES = [p.stem for p in recipe.shipped_recipes() if not p.stem.endswith("_7b")]  # those need a model and data
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,6 +1,6 @@
 """The fallback engine: plain transformers, greedy results equal to vLLM's, every row with a generator of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ import torch
 import transformers
 
 from selfimprove.engine.protocol import Completion, Options, Progress, Request, Sampling
+
+LOGITS_BYTES = 256 << 20  # of a batch that is scored
 
 
 class TransformersEngine:
@@ -45,13 +47,30 @@ class TransformersEngine:
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See protocol.Engine."""
-        scored = []
-        with torch.inference_mode():
-            for ids in sequences:
-                row = torch.tensor([ids], device=self.device)
-                logprobs = self.model(row).logits[0, :-1].float().log_softmax(-1)
-                scored.append(logprobs.gather(-1, row[0, 1:, None])[:, 0].tolist())
+        scored: list[list[float]] = [[] for _ in sequences]
+        for batch in self._alike(sequences):
+            longest = max(len(sequences[i]) for i in batch)
+            padded = [[*sequences[i], *[0] * (longest - len(sequences[i]))] for i in batch]
+            ids = torch.tensor(padded, device=self.device)
+            mask = torch.tensor([[k < len(sequences[i]) for k in range(longest)] for i in batch], device=self.device)
+            with torch.inference_mode():
+                logprobs = self.model(ids, attention_mask=mask.long()).logits[:, :-1].float().log_softmax(-1)
+                found = logprobs.gather(-1, ids[:, 1:, None])[..., 0].tolist()
+            for i, row in zip(batch, found, strict=True):
+                scored[i] = row[: len(sequences[i]) - 1]
         return scored
+
+    def _alike(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Numbers of sequences of like length, as many as the budget of logits holds."""
+        cells = LOGITS_BYTES // (4 * self.model.config.get_text_config().vocab_size)  # float32
+        batch: list[int] = []
+        for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):  # so the newest is the longest
+            if batch and (len(batch) + 1) * len(sequences[i]) > cells:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
 
     def sleep(self) -> None:
         """Leave the device."""

@@ -110,6 +110,16 @@ def test_sampled_logprobs_are_the_models(kind, prompts, chat, request):
         assert answer.logprobs == pytest.approx(logprobs[-len(answer.token_ids) :], abs=1e-4)
 
 
+def test_scores_are_those_of_each_sequence_alone_and_keep_its_place(plain, prompts, monkeypatch):
+    sequences = [ids[: 2 + i % len(ids)] for i, ids in enumerate(prompts[:50])]
+    together = plain.prompt_logprobs(sequences)
+    monkeypatch.setattr("selfimprove.engine.transformers_engine.LOGITS_BYTES", 1)  # one sequence a batch
+    alone = plain.prompt_logprobs(sequences)
+    assert [len(row) for row in together] == [len(ids) - 1 for ids in sequences]
+    for a, b in zip(together, alone, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
 def test_sampling_follows_the_models_distribution(vllm, plain, prompts, chat):
     """The first token of 2,000 samples against the model's own probabilities, by a chi-square test."""
     from scipy import stats
