@@ -14,6 +14,7 @@ import safetensors.torch
 from selfimprove import preflight, recipe, records, store
 from selfimprove import run as running
 from selfimprove.data import SHIPPED
+from selfimprove.engine import Engines
 from selfimprove.stages import evaluate, label
 from tests.paths import ROOT
 
@@ -143,7 +144,8 @@ def made(tmp_path_factory) -> Iterator[Callable[..., Made]]:
         if key not in known:
             folder = tmp_path_factory.mktemp(name)
             chosen = miniature(name, folder, changes or {})
-            running.iterate(store.Run(folder / "run"), chosen, Quiet(), [])
+            with Engines() as engines:
+                running.iterate(store.Run(folder / "run"), chosen, Quiet(), [], engines)
             known[key] = Made(folder / "run", chosen)
         return known[key]
 
