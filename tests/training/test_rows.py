@@ -46,8 +46,18 @@ def test_without_an_end_token_the_policy_would_never_learn_to_stop():
 
 def test_a_second_bos_is_refused_and_names_the_row():
     twice = PairRow("twice", [BOS, BOS, 9], [5, EOS], [6, EOS])
-    with pytest.raises(UserError, match="row 'twice' has 2 BOS"):
+    with pytest.raises(UserError, match="the prompt of row 'twice' has 2 BOS"):
         admitted([row("once"), twice])
+
+
+def test_a_bos_that_a_policy_sampled_drops_its_row_and_stops_nothing():
+    sampled = PairRow("sampled", [BOS, 9], [5, BOS, EOS], [6, EOS])
+    worse = PairRow("worse", [BOS, 9], [5, EOS], [6, BOS, EOS])
+    kept, dropped = admitted([row("a"), sampled, worse], max_dropped_share=0.5)
+    assert dropped == [("sampled", "BOS inside the chosen answer")]
+    assert [r.pair_id for r in kept] == ["a", "worse"]
+    with pytest.raises(UserError, match="1 of 2 rows cannot be trained on"):
+        admitted([row("a"), sampled])
 
 
 def test_an_empty_chosen_answer_is_dropped_and_nothing_left_is_an_error():
