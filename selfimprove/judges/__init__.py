@@ -110,19 +110,25 @@ def rubric(
     temperature: Annotated[float, Field(ge=0)] = 1.0,
     max_tokens: Annotated[int, Field(ge=1)] = 16,
 ) -> list[Opinion]:
-    """The policy as its own judge, 0 to 5, the mean of `n` replies (self-rewarding, arXiv 2401.10020, section 2.2)."""
-    requests = [
-        (f"{c.prompt_id}/{c.source}/{c.sample}", chat.render(template, {"question": c.prompt, "answer": c.text}))
-        for c in candidates
-    ]
-    opinions = []
-    for replies in panel.answers("current", requests, n, temperature, max_tokens):
-        scores = [score for reply in replies if (score := rating(reply)) is not None]
-        if scores:
-            opinions.append(Opinion(sum(scores) / len(scores), f"{len(scores)} of {n} replies readable"))
-        else:
-            opinions.append(Opinion(None, "no reply readable" if replies else "too long for the judge's context"))
-    return opinions
+    """The policy as its own judge, 0 to 5, the mean of `n` replies (self-rewarding, arXiv 2401.10020, section 2.2).
+
+    The same answer to a prompt is rated once: two ratings of it would make a preference out of nothing.
+    """
+    names: dict[str, str] = {}  # of each request, the first candidate's
+    requests = [chat.render(template, {"question": c.prompt, "answer": c.text}) for c in candidates]
+    for candidate, request in zip(candidates, requests, strict=True):
+        names.setdefault(request, f"{candidate.prompt_id}/{candidate.source}/{candidate.sample}")
+    asked = [(name, request) for request, name in names.items()]
+    answers = zip(names, panel.answers("current", asked, n, temperature, max_tokens), strict=True)
+    opinions = {request: _mean_rating(replies, n) for request, replies in answers}
+    return [opinions[request] for request in requests]
+
+
+def _mean_rating(replies: Sequence[str], n: int) -> Opinion:
+    scores = [score for reply in replies if (score := rating(reply)) is not None]
+    if scores:
+        return Opinion(sum(scores) / len(scores), f"{len(scores)} of {n} replies readable")
+    return Opinion(None, "no reply readable" if replies else "too long for the judge's context")
 
 
 def rating(reply: str) -> float | None:

@@ -60,6 +60,7 @@ def test_the_policy_rates_answers_and_its_readable_replies_are_averaged():
     good, unread, long = rubric(rows, panel)
     assert (good.score, unread.score, long.score) == (3.5, None, None)
     assert (unread.reason, long.reason) == ("no reply readable", "too long for the judge's context")
+    assert [o.score for o in rubric([rows[0], rows[0]], Panel(["Score: 1"]))] == [1, 1]  # asked once
     assert panel.asked[0] == ("current", "Score this answer from 0 to 5. Question: q Answer: a", 3)
 
 
