@@ -177,7 +177,8 @@ def test_where_policy_and_reference_are_the_same_the_loss_begins_at_log_2(name, 
     """At policy = reference DPO, DPOP, Minor-DPO and MRPO with two equal references are -log s(0)."""
     run = made(name)
     assert run.steps(1)[0]["loss"] == LOG_2
-    assert run.steps(1)[-1]["loss"] != LOG_2
+    if len(run.steps(1)) > 2:  # in fewer the learning rate has hardly left zero
+        assert run.steps(1)[-1]["loss"] != LOG_2
     if run.chosen.train.references == ("previous",) and name != "dnpo":  # its noise moves the reference
         assert run.steps(2)[0]["loss"] == LOG_2
 
