@@ -31,6 +31,8 @@ def check(chosen: Recipe) -> None:
                 discriminate.check(now.discriminate)
             fits_together(now)
             trainable(now)
+            if now.train.reference_path:
+                locate_model(now.train.reference_path)
         if iteration > 1:
             follows(now, rounds[iteration - 2], iteration)
     directory = locate_model(chosen.model.path)
@@ -233,11 +235,6 @@ def fits_together(chosen: Recipe) -> None:
             checker == "exact" and chosen.synthesize is not None,
             "label.judge checker 'exact' needs reference answers, and synthesised prompts have none",
             'for example label.judge = { name = "self_consistency" }',
-        ),
-        (
-            chosen.evaluate.judge.name == "self_consistency",
-            "evaluate.judge 'self_consistency' cannot score held-out answers",
-            'for example evaluate.judge = { name = "verifier", checker = "exact" }',
         ),
         (
             rule == "best_vs_worst" and generated.n < 2,

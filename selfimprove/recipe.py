@@ -270,6 +270,7 @@ class Train(Section):
             (self.reference_sync and not self.references, "reference_sync needs a reference"),
             (self.reference_sync and "ema" in self.references, "reference_sync would overwrite the reference 'ema'"),
             (self.chunks and self.references != ("previous",), "chunks need reference = 'previous', as sDPO has it"),
+            (self.chunks and self.start != "previous", "chunks need start = 'previous', as sDPO has it"),
             (self.chunks and (self.reference_sync or self.noise), "chunks go with neither reference_sync nor noise"),
             (self.noise and len(self.references) != 1, "noise needs exactly one reference"),
             (self.noise and self.reference_sync, "noise needs a reference that stays; drop reference_sync"),
@@ -308,11 +309,15 @@ class Edit(Section):
         """Change a recipe's table in place.
 
         Raises:
-            UserError: a name leads through a value that is no table.
+            UserError: a name leads through a value that is no table, or a dropped one that no recipe can have.
         """
         for key in self.drop:
+            _known(key)
             *names, last = key.split(".")
-            functools.reduce(lambda at, name: at.get(name, {}), names, table).pop(last, None)
+            inner = functools.reduce(lambda at, name: at.get(name, {}) if isinstance(at, dict) else at, names, table)
+            if not isinstance(inner, dict):
+                raise UserError(f"drop '{key}': '{'.'.join(names)}' is no table", "set it as a whole")
+            inner.pop(last, None)
         for key, value in self.set.items():
             put(table, key, value)
 
@@ -462,7 +467,11 @@ def absolute(recipe: Recipe) -> Recipe:
         return str(Path(name).resolve()) if not name.startswith("demo:") and Path(name).exists() else name
 
     data = {name: fixed(value) for name, value in recipe.data.model_dump().items()}
-    return recipe.model_copy(update={"model": Model(path=fixed(recipe.model.path)), "data": Data(**data)})
+    changed: dict[str, Any] = {"model": Model(path=fixed(recipe.model.path)), "data": Data(**data)}
+    if recipe.train.reference_path:
+        path = fixed(recipe.train.reference_path)
+        changed["train"] = recipe.train.model_copy(update={"reference_path": path})
+    return recipe.model_copy(update=changed)
 
 
 def dump(recipe: Recipe) -> str:
@@ -474,6 +483,19 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     """What changes between two recipes, as `train.beta 0.1 -> 0.2`, without `rounds` and `[machine]`."""
     a, b = (_flat(r.model_dump(exclude={"rounds", "machine"})) for r in (old, new))
     return [f"{key} {a.get(key)} -> {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+
+
+def _known(key: str) -> None:
+    """Refuse a name that no recipe can have, which dropping would pass over in silence."""
+    model: Any = Recipe
+    for part in key.split("."):
+        if part not in model.model_fields:
+            raise UserError(f"drop '{key}': a recipe has no such key", f"known there: {', '.join(model.model_fields)}")
+        annotation = model.model_fields[part].annotation
+        sections = [a for a in [annotation, *getattr(annotation, "__args__", ())] if inspect.isclass(a)]
+        model = next((a for a in sections if issubclass(a, Section)), None)
+        if model is None:  # a value, or a choice with parameters of its own
+            return
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

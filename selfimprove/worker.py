@@ -61,6 +61,7 @@ def make(task: Task, engines: Engines, send: Callable[[Reply], None]) -> Ended:
     except KeyboardInterrupt:
         return Ended("stopped")
     except UserError as error:
+        engines.close()  # it may be what failed
         return Ended("failed", time.monotonic() - began, error.message)
     except Exception as error:
         traceback.print_exc()

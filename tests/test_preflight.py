@@ -101,3 +101,18 @@ def test_settings_that_do_not_go_together_are_refused(name, settings, says, hint
 )
 def test_the_variants_of_synpo_pass(settings):
     preflight.check(recipe.load(recipe.find("synpo"), settings))
+
+
+@pytest.mark.parametrize("judge", ["rubric", "discriminator", "self_consistency"])
+def test_held_out_answers_are_scored_from_outside_the_run(judge):
+    told = selfimprove("check", "default", "--set", f'evaluate.judge={{name="{judge}"}}')
+    assert told.code == 1
+    assert f"evaluate.judge '{judge}' cannot score held-out answers" in told.err
+
+
+def test_a_reference_that_is_nowhere_is_said_at_once():
+    told = selfimprove(
+        "check", "spin", "--set", 'train.reference="path"', "--set", 'train.reference_path="/no/such/model"'
+    )
+    assert told.code == 1
+    assert "no model directory '/no/such/model'" in told.err

@@ -135,3 +135,17 @@ class TestSchedule:
         chosen = recipe.load(recipe.find("dnpo"), [f"schedule=[{change}]"])
         with pytest.raises(UserError, match=re.escape(says)):
             preflight.check(chosen)
+
+    @pytest.mark.parametrize(
+        ("drop", "says"),
+        [("train.nois", "a recipe has no such key"), ("train.optimizer.batchsize", "a recipe has no such key")],
+    )
+    def test_a_dropped_name_that_no_recipe_has_is_refused(self, drop, says):
+        with pytest.raises(UserError, match=says):
+            recipe.Edit(drop=[drop]).apply({"train": {}})
+
+    def test_a_drop_may_name_what_is_not_there_and_not_go_through_a_list(self):
+        table = {"train": {"loss": [{"name": "dpo"}]}}
+        recipe.Edit(drop=["train.noise.scale", "label.judge"]).apply(table)
+        with pytest.raises(UserError, match=r"'train\.loss' is no table"):
+            recipe.Edit(drop=["train.loss.beta"]).apply(table)

@@ -15,7 +15,7 @@ from selfimprove import preflight, recipe, records, store
 from selfimprove import run as running
 from selfimprove.data import SHIPPED, read_seeds
 from selfimprove.engine import Engines
-from selfimprove.stages import evaluate, label
+from selfimprove.stages import discriminate, evaluate, label
 from tests.paths import ROOT
 
 FILES = recipe.shipped_recipes()
@@ -46,6 +46,8 @@ def test_every_round_is_a_recipe_whose_settings_fit_together(path):
     for iteration in range(1, chosen.rounds + 1):
         now = chosen.at(iteration)
         label.check(now.label)
+        if now.discriminate:
+            discriminate.check(now.discriminate)
         preflight.fits_together(now)
         preflight.trainable(now)
 

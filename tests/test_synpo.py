@@ -89,6 +89,10 @@ class TestInvariants:
     def test_the_growing_set_holds_t_quotas_after_t_rounds_and_each_round_starts_from_the_initial_model(self, synpo):
         for t in (1, 2):
             assert len(pairs(synpo.path, t)) == QUOTA
+            labelled = manifest(synpo.path, f"iter-00{t}/4-label")
+            assert labelled["rows"]["rows_out"] == len({pair.prompt_id for pair in pairs(synpo.path, t)})
+            assert labelled["rows"]["quarantined"]["over quota"] > 0
+            assert labelled["metrics"]["pairs short of quota"] == 0
             trained = manifest(synpo.path, f"iter-00{t}/5-train")
             assert trained["rows"]["rows_in"] == t * QUOTA
             assert trained["ingredients"]["models"]["start"] == store.model_identity(SHIPPED["demo:model"])

@@ -133,7 +133,7 @@ def _mean_rating(replies: Sequence[str], n: int) -> Opinion:
 
 def rating(reply: str) -> float | None:
     """The last `Score: N` of a reply, 0 to 5."""
-    found = re.findall(r"\bscore\s*:\s*([0-5])(?![\d.])", reply, re.IGNORECASE)
+    found = re.findall(r"\bscore\b[\s:*]*([0-5])(?!\d|\.\d)", reply, re.IGNORECASE)
     return float(found[-1]) if found else None
 
 
@@ -167,18 +167,19 @@ def demo_rubric(
 
 
 class Spec(NamedTuple):
-    """A judge and whether it asks models of the run."""
+    """A judge, whether it asks models of the run, and whether its score is of prompt and answer alone."""
 
     function: Callable[..., list[Opinion]]
     asks_models: bool = False
+    fixed: bool = False  # the same in every round, so that a gold is scored once
 
 
 JUDGES: Mapping[str, Spec] = {
-    "verifier": Spec(verifier),
+    "verifier": Spec(verifier, fixed=True),
     "self_consistency": Spec(self_consistency),
     "rubric": Spec(rubric, asks_models=True),
     "discriminator": Spec(discriminator),
-    "demo_rubric": Spec(demo_rubric),
+    "demo_rubric": Spec(demo_rubric, fixed=True),
 }
 
 

@@ -86,17 +86,20 @@ def dynamic(
     threshold: float = 0.0,
     ties: Literal["generated", "anchor"] = "generated",
 ) -> Pairs | Dropped:
-    """DNPO's dynamic sample labels (arXiv 2502.05400, section 3.1): whichever scores higher is chosen, none is dropped.
+    """DNPO's dynamic sample labels (arXiv 2502.05400, section 3.1): whichever scores higher is chosen.
 
     The generated answer is chosen when its score exceeds the anchor's by `threshold`; at exactly `threshold`, `ties`
     says which. The anchor stays chosen where a score is unknown and against a truncated answer. Several answers meet
-    the anchors in turn. Only an answer that equals its anchor makes no pair: such pairs have no gradient, and Adam,
-    which rescales, would step along noise.
+    the anchors in turn, the truncated ones left out. No pair is dropped, but an answer that equals its anchor makes
+    none: such pairs have no gradient, and Adam, which rescales, would step along noise.
     """
     anchors = [j for j in judged if j.candidate.source == anchor]
     generated = [j for j in judged if j.candidate.source == "current"]
     if not anchors or not generated:
         return Dropped(f"no {anchor} answer" if not anchors else "no answer")
+    anchors = [j for j in anchors if j.candidate.finish_reason != "length"]
+    if not anchors:
+        return Dropped(f"every {anchor} answer truncated")
     pairs = []
     for number, own in enumerate(generated):
         fixed = anchors[number % len(anchors)]

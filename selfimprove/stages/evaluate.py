@@ -19,8 +19,18 @@ GREEDY, SAMPLED = "greedy", "sampled"
 
 
 def check(section: recipe.Evaluate) -> Judge:
-    """The judge that a recipe names."""
-    return judges.bind(section.judge)
+    """The judge that a recipe names.
+
+    Raises:
+        UserError: unknown, or one that is no measure from outside the run.
+    """
+    judge = judges.bind(section.judge)
+    if not judges.JUDGES[section.judge.name].fixed:
+        raise UserError(
+            f"evaluate.judge '{section.judge.name}' cannot score held-out answers",
+            'for example evaluate.judge = { name = "verifier", checker = "exact" }',
+        )
+    return judge
 
 
 def run(io: StageIO, section: recipe.Evaluate) -> None:

@@ -46,7 +46,7 @@ def run(io: StageIO, section: recipe.Label) -> None:
     if section.acquire:
         acquired = _acquired(io, section.acquire)
         candidates = [c for c in candidates if c.prompt_id in acquired]
-    opinions = _opinions(io, judge, judges.identity(section.judge), candidates)
+    opinions = _opinions(io, judge, section.judge, candidates)
 
     pairs: list[Pair] = []
     judged = (Judged(c, o.score) for c, o in zip(candidates, opinions, strict=True))
@@ -60,10 +60,12 @@ def run(io: StageIO, section: recipe.Label) -> None:
             paired += 1
             source = sources.get(prompt_id, "")
             pairs += [as_row(io.iteration, k, prompt_ids[prompt_id], source, *one) for k, one in enumerate(found)]
-    if section.quota is not None and len(pairs) > section.quota:
-        kept = random.Random(io.row_seed("quota")).sample(range(len(pairs)), section.quota)
-        io.out.metrics["pairs over quota"] = len(pairs) - section.quota
-        pairs = [pairs[i] for i in sorted(kept)]
+    if section.quota is not None:
+        pairs, over = _within(pairs, section.quota, random.Random(io.row_seed("quota")))
+        for prompt_id in over:
+            io.out.quarantine(prompt_id, "over quota")
+        paired -= len(over)
+        io.out.metrics["pairs short of quota"] = section.quota - len(pairs)
     io.out.write_rows("pairs", Pair, pairs)
     io.out.contract("prompt", len(prompt_ids), paired)
     if section.pairing.name == "dynamic":
@@ -87,6 +89,15 @@ def run(io: StageIO, section: recipe.Label) -> None:
             f"iteration {io.iteration}: no prompt gave a pair ({_reasons(io)})",
             "more samples (generate.n), another judge or another pairing rule",
         )
+
+
+def _within(pairs: list[Pair], quota: int, rng: random.Random) -> tuple[list[Pair], list[str]]:
+    """As many pairs as the quota, drawn at random, and the prompts that have lost all of theirs."""
+    if len(pairs) <= quota:
+        return pairs, []
+    kept = [pairs[i] for i in sorted(rng.sample(range(len(pairs)), quota))]
+    left = {pair.prompt_id for pair in kept}
+    return kept, list(dict.fromkeys(pair.prompt_id for pair in pairs if pair.prompt_id not in left))
 
 
 def _acquired(io: StageIO, section: recipe.Acquire) -> set[str]:
@@ -150,11 +161,15 @@ def _measured(io: StageIO, section: recipe.Acquire, pool: Mapping[str, list[Gene
     return {name: acquisition.uncertainty(*pair) if len(pair := rewards.get(name, [])) == 2 else None for name in pool}
 
 
-def _opinions(io: StageIO, judge: Judge | None, identity: str, candidates: list[Candidate]) -> list[Opinion]:
-    """The judge's opinions, written as verdicts; of a gold that the same judge has scored before, that score."""
+def _opinions(
+    io: StageIO, judge: Judge | None, choice: recipe.Choice | None, candidates: list[Candidate]
+) -> list[Opinion]:
+    """The judge's opinions, written as verdicts; of a gold that a judge which stays has scored before, that score."""
+    identity = judges.identity(choice)
+    stays = choice is not None and JUDGES[choice.name].fixed  # a policy that judges itself is another each round
     earlier = {
         v.prompt_id: Opinion(v.score, v.reason)
-        for v in (read_rows(io.inputs["earlier"], "verdicts", Verdict) if "earlier" in io.inputs else [])
+        for v in (read_rows(io.inputs["earlier"], "verdicts", Verdict) if stays and "earlier" in io.inputs else [])
         if v.source == "gold" and v.judge == identity and v.score is not None
     }
     known = (

@@ -66,7 +66,16 @@ def test_the_policy_rates_answers_and_its_readable_replies_are_averaged():
 
 @pytest.mark.parametrize(
     ("reply", "score"),
-    [("Score: 5", 5), ("SCORE : 0", 0), ("Score: 3. No, Score: 1", 1), ("Score: 6", None), ("Score: 33", None)],
+    [
+        ("Score: 5", 5),
+        ("SCORE : 0", 0),
+        ("Score: 3. No, Score: 1", 1),
+        ("Score: 6", None),
+        ("Score: 33", None),
+        ("Score: 4.5", None),
+        ("Score: 4.", 4),
+        ("**Score:** **3**", 3),
+    ],
 )
 def test_a_rating_is_read_from_the_end_and_never_guessed(reply, score):
     assert rating(reply) == score

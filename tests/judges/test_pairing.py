@@ -117,6 +117,12 @@ class TestDynamic:
         assert pairs == [(own[0], rewrites[0]), (rewrites[1], own[1])]
         assert dynamic(own, random.Random(0)) == Dropped("no gold answer")
 
+    def test_a_truncated_rewrite_is_never_chosen(self):
+        cut, whole = judged("r", 1.0, "length", source="improver"), judged("s", 1.0, source="improver")
+        own = [judged("a", 0.5), judged("b", 0.5)]
+        assert dynamic([*own, cut, whole], random.Random(0), anchor="improver") == [(whole, own[0]), (whole, own[1])]
+        assert dynamic([*own, cut], random.Random(0), anchor="improver") == Dropped("every improver answer truncated")
+
 
 def test_synpo_may_reject_the_current_answer_instead():
     rewrite, first, own = judged("r", 1.0, source="improver"), judged("m", 0.0, source="initial"), judged("c", 0.0)
