@@ -117,7 +117,8 @@ def _rows(name: str) -> list[dict[str, str]]:
 def test_shipped_data() -> None:
     seeds, heldout = _rows("seeds.jsonl"), _rows("heldout.jsonl")
     corpus = (DATA / "corpus.txt").read_text(encoding="utf-8")
-    assert all(set(row) == {"id", "prompt", "completion"} for row in seeds)
+    assert all(set(row) == {"id", "prompt", "completion", "source"} for row in seeds)
+    assert {row["source"] for row in seeds} == {family.name for family in world.FAMILIES}
     assert all(set(row) == {"id", "prompt"} for row in heldout)
     assert all(world.check(row["prompt"], row["completion"]) is True for row in seeds)
     assert all(world.answer(row["prompt"]) is not None for row in heldout)
@@ -131,9 +132,17 @@ def test_shipped_data() -> None:
 def test_shipped_data_are_what_the_code_writes(tmp_path: Path) -> None:
     data.write_data(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["corpus.txt", "heldout.jsonl", "seeds.jsonl"]
+    assert names == ["corpus.txt", "heldout.jsonl", "seeds.jsonl", "seeds_bad_golds.jsonl"]
     for name in names:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_a_fifth_of_the_bad_golds_is_wrong_and_nothing_else_differs() -> None:
+    clean, bad = _rows("seeds.jsonl"), _rows("seeds_bad_golds.jsonl")
+    assert [row | {"completion": ""} for row in clean] == [row | {"completion": ""} for row in bad]
+    wrong = [row for row in bad if world.check(row["prompt"], row["completion"]) is False]
+    assert len(wrong) == round(0.2 * data.SEEDS)
+    assert sum(a != b for a, b in zip(clean, bad, strict=True)) == len(wrong)
 
 
 def test_shipped_files_are_small() -> None:
