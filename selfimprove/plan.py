@@ -26,6 +26,10 @@ from selfimprove.store import (
 )
 
 BASE = 0  # the iteration that holds the base model's evaluation and the control
+CONTROL_EVALUATE, SFT_EVALUATE = (
+    "3-control-evaluate",
+    "5-sft-evaluate",
+)  # the evaluations of iteration 0 beside the base's
 INITIAL = "initial"  # the source name of the model a run starts from
 
 
@@ -64,16 +68,14 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         tuned = f"iter-{BASE:03d}/2-control/{control.POLICY}"
         yield Step(BASE, "2-control", control, recipe.control, {"seeds": seeds}, {"initial": INITIAL}, False)
         yield Step(
-            BASE, "3-control-evaluate", evaluate, recipe.evaluate, measured | {"base": base}, {"policy": tuned}, True
+            BASE, CONTROL_EVALUATE, evaluate, recipe.evaluate, measured | {"base": base}, {"policy": tuned}, True
         )
 
     start, before = INITIAL, base  # what round 1 starts from, and its scores
     if recipe.sft:
-        start, before = f"iter-{BASE:03d}/4-sft/{sft.POLICY}", f"iter-{BASE:03d}/5-sft-evaluate"
+        start, before = f"iter-{BASE:03d}/4-sft/{sft.POLICY}", f"iter-{BASE:03d}/{SFT_EVALUATE}"
         yield Step(BASE, "4-sft", sft, recipe.sft, {"seeds": seeds}, {"initial": INITIAL}, recipe.sft.ratings)
-        yield Step(
-            BASE, "5-sft-evaluate", evaluate, recipe.evaluate, measured | {"base": base}, {"policy": start}, True
-        )
+        yield Step(BASE, SFT_EVALUATE, evaluate, recipe.evaluate, measured | {"base": base}, {"policy": start}, True)
 
     def policy(iteration: int, which: str = train.POLICY) -> str:
         return at(iteration, "train", f"/{which}") if iteration > BASE else start

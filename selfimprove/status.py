@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from selfimprove.errors import UserError
-from selfimprove.plan import BASE, Step, examine, steps
+from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Step, examine, steps
 from selfimprove.recipe import Recipe
 from selfimprove.store import Run, broken_outputs, read_manifest
 
@@ -19,7 +19,7 @@ def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
     """The content of `status --json`; see docs/artifacts.md."""
     state = run.read_state()
     iterations: dict[int, dict[str, Any]] = {}
-    control_scores = None
+    beside: dict[str, dict[str, Any]] = {}  # what was evaluated beside the base and the iterations' policies
     for examined in examine(run, chosen):
         step, manifest = examined.step, examined.manifest
         entry = iterations.setdefault(step.iteration, {"iteration": step.iteration, "stages": [], "scores": {}})
@@ -37,11 +37,8 @@ def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
             }
         )
         if scores := read_scores(run, step):
-            if step.name == "3-control-evaluate":
-                control_scores = scores
-            else:
-                entry["scores"] = scores["scores"]
-                entry["comparisons"] = scores["comparisons"]
+            of = beside.setdefault(step.name, {}) if step.name in (CONTROL_EVALUATE, SFT_EVALUATE) else entry
+            of |= {"scores": scores["scores"], "comparisons": scores["comparisons"]}
     finished = all(s["state"] == "done" for e in iterations.values() for s in e["stages"])
     base = iterations.pop(BASE)
     return {
@@ -52,9 +49,8 @@ def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
         "error": state.error if state and not finished else "",
         "iterations": list(iterations.values()),
         "base": base,
-        "control": {"scores": control_scores["scores"], "comparisons": control_scores["comparisons"]}
-        if control_scores
-        else None,
+        "sft": beside.get(SFT_EVALUATE),
+        "control": beside.get(CONTROL_EVALUATE),
     }
 
 

@@ -89,20 +89,21 @@ def dynamic(
     """DNPO's dynamic sample labels (arXiv 2502.05400, section 3.1): whichever scores higher is chosen.
 
     The generated answer is chosen when its score exceeds the anchor's by `threshold`; at exactly `threshold`, `ties`
-    says which. The anchor stays chosen where a score is unknown and against a truncated answer. Several answers meet
-    the anchors in turn, the truncated ones left out. No pair is dropped, but an answer that equals its anchor makes
-    none: such pairs have no gradient, and Adam, which rescales, would step along noise.
+    says which. The anchor stays chosen where a score is unknown and against a truncated answer. An answer meets its own
+    rewrite where that is whole, else the first anchor that is. No pair is dropped, but an answer that equals its
+    anchor makes none: such pairs have no gradient, and Adam, which rescales, would step along noise.
     """
     anchors = [j for j in judged if j.candidate.source == anchor]
     generated = [j for j in judged if j.candidate.source == "current"]
     if not anchors or not generated:
         return Dropped(f"no {anchor} answer" if not anchors else "no answer")
-    anchors = [j for j in anchors if j.candidate.finish_reason != "length"]
-    if not anchors:
+    whole = [j for j in anchors if j.candidate.finish_reason != "length"]
+    if not whole:
         return Dropped(f"every {anchor} answer truncated")
+    of_draft = {j.candidate.sample: j for j in whole}
     pairs = []
-    for number, own in enumerate(generated):
-        fixed = anchors[number % len(anchors)]
+    for own in generated:
+        fixed = of_draft.get(own.candidate.sample, whole[0])
         if own.candidate.text == fixed.candidate.text:
             continue
         gap = None if own.score is None or fixed.score is None else own.score - fixed.score - threshold

@@ -38,6 +38,8 @@ def render(run: Run, recipe: Recipe) -> str:
 
 def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     entries = [{"name": "base (iteration 0)", **summary["base"]}]
+    if summary["sft"]:
+        entries.append({"name": "after SFT, where round 1 begins", **summary["sft"]})
     entries += [{"name": f"iteration {entry['iteration']}", **entry} for entry in summary["iterations"]]
     if summary["control"]:
         entries.append({"name": "control: SFT on the seeds' golds", **summary["control"]})
@@ -47,9 +49,10 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
 def _samples(run: Run, recipe: Recipe) -> list[dict[str, Any]]:
     """The greedy answers of base and iterations to the same held-out prompts, drawn at random."""
     answers: dict[str, dict[str, Sample]] = {}
+    beside = (plan.CONTROL_EVALUATE, plan.SFT_EVALUATE)
     for step in plan.steps(recipe):
         directory = run.path / step.directory
-        if step.stage is evaluate and step.name != "3-control-evaluate" and read_manifest(directory):
+        if step.stage is evaluate and step.name not in beside and read_manifest(directory):
             for row in read_rows(directory, "samples", Sample):
                 if row.mode == evaluate.GREEDY:
                     answers.setdefault(row.prompt_id, {})[str(step.iteration)] = row

@@ -9,7 +9,7 @@ from typing import Any
 from selfimprove.errors import UserError
 from selfimprove.evaluation import seeds
 from selfimprove.evaluation.statistics import holm
-from selfimprove.plan import BASE, Step, steps
+from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Step, steps
 from selfimprove.recipe import Edit
 from selfimprove.records import Sample
 from selfimprove.run import place
@@ -73,7 +73,7 @@ def _made(run: Run, one: Planned, read: dict[str, Measured]) -> Made:
 def _row(step: Step) -> str | int:
     if step.iteration > BASE:
         return step.iteration
-    return {"3-control-evaluate": CONTROL, "5-sft-evaluate": SFT}.get(step.name, BASE_ROW)
+    return {CONTROL_EVALUATE: CONTROL, SFT_EVALUATE: SFT}.get(step.name, BASE_ROW)
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -35,17 +34,16 @@ class Watcher:
             TimeRemainingColumn(),
             TextColumn("{task.fields[score]}", style="dim"),
             console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
-        self._live = Live(self._bars, console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> "Watcher":
-        if self._live:
-            self._live.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live:
-            self._live.stop()
+        self._bars.stop()
 
     def started(self, step: Step, number: int, total: int) -> None:
         """See run.Display."""
@@ -54,7 +52,7 @@ class Watcher:
         for task in self._tasks.values():
             self._bars.remove_task(task)
         self._tasks, self._said = {}, {}
-        if self._live:
+        if self.console.is_terminal:
             self._tasks[""] = self._bars.add_task(f"{self._where} starting", total=None, rate="", score=self.score)
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -62,7 +60,7 @@ class Watcher:
         now = time.monotonic()
         first = self._said.setdefault(what, now)
         rate = f"{done / (now - first):.0f}/s" if now - first > 0.5 else ""
-        if self._live:
+        if self.console.is_terminal:
             if "" in self._tasks:
                 self._bars.remove_task(self._tasks.pop(""))
             if what not in self._tasks:
@@ -107,18 +105,17 @@ class StudyWatcher:
             BarColumn(bar_width=24),
             TextColumn("{task.description}"),
             console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=total)
-        self._live = Live(self._bar, console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> "StudyWatcher":
-        if self._live:
-            self._live.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live:
-            self._live.stop()
+        self._bar.stop()
 
     def started(self, one: Planned) -> None:
         """See study.Display."""
@@ -167,6 +164,8 @@ def iterations_table(summary: dict[str, Any]) -> Table:
     for heading in ("", "greedy", "vs base", "sampled", "vs base"):
         table.add_column(heading, no_wrap=True)
     rows = [("base", summary["base"])]
+    if summary["sft"]:
+        rows.append(("after SFT", summary["sft"]))
     rows += [(f"iteration {entry['iteration']}", entry) for entry in summary["iterations"]]
     if summary["control"]:
         rows.append(("SFT control", summary["control"]))

@@ -126,7 +126,8 @@ def _mode(job: Job, policy: Scorer, world: World) -> Mode:
     trees = trees_of(job.rows).trees
     longest = max(trees, key=size)
     sample = [longest, *random.Random(job.seed).sample(trees, min(SAMPLE - 1, len(trees)))]
-    tried = choose_mode(policy, sample)
+    with _OutOfMemory(job.machine.train_tokens):
+        tried = choose_mode(policy, sample)
     if tried.why and world.first:
         warnings.warn(f"packed trees are wrong for this model ({tried.why}): training pads rows instead", stacklevel=2)
     return tried.mode

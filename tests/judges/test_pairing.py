@@ -20,9 +20,9 @@ SCORES = st.none() | st.sampled_from([0.0, 0.5, 1.0])
 ONE = st.tuples(st.sampled_from("abcdef"), SCORES, st.sampled_from(["stop", "length"]))
 
 
-def judged(text, score, finish="stop", source="current", token_ids=None):
+def judged(text, score, finish="stop", source="current", token_ids=None, sample=0):
     ids = [ord(c) for c in text] if token_ids is None else token_ids
-    return Judged(Candidate("p", "p", source, 0, text, ids, finish), score)
+    return Judged(Candidate("p", "p", source, sample, text, ids, finish), score)
 
 
 @given(st.lists(ONE, max_size=8), st.integers(1, 4), st.integers(0, 5))
@@ -110,16 +110,21 @@ class TestDynamic:
         assert dynamic([gold, own], random.Random(0)) == Dropped("answer equals the gold")
         assert dynamic([gold, own, other], random.Random(0)) == [(other, gold)]
 
-    def test_rewrites_may_stand_in_for_the_gold(self):
-        rewrites = [judged("r", 0.0, source="improver"), judged("s", 1.0, source="improver")]
-        own = [judged("a", 0.5), judged("b", 0.5)]
+    def test_a_draft_meets_its_own_rewrite(self):
+        rewrites = [judged("r", 0.0, source="improver"), judged("s", 1.0, source="improver", sample=1)]
+        own = [judged("b", 0.5, sample=1), judged("a", 0.5)]
         pairs = dynamic([*own, *rewrites], random.Random(0), anchor="improver")
-        assert pairs == [(own[0], rewrites[0]), (rewrites[1], own[1])]
+        assert pairs == [(rewrites[1], own[0]), (own[1], rewrites[0])]
         assert dynamic(own, random.Random(0)) == Dropped("no gold answer")
 
+    def test_every_answer_meets_the_one_gold(self):
+        gold, own = judged("g", 1.0, source="gold"), [judged("a", 0.5), judged("b", 0.5, sample=1)]
+        assert dynamic([gold, *own], random.Random(0)) == [(gold, own[0]), (gold, own[1])]
+
     def test_a_truncated_rewrite_is_never_chosen(self):
-        cut, whole = judged("r", 1.0, "length", source="improver"), judged("s", 1.0, source="improver")
-        own = [judged("a", 0.5), judged("b", 0.5)]
+        cut = judged("r", 1.0, "length", source="improver")
+        whole = judged("s", 1.0, source="improver", sample=1)
+        own = [judged("a", 0.5), judged("b", 0.5, sample=1)]
         assert dynamic([*own, cut, whole], random.Random(0), anchor="improver") == [(whole, own[0]), (whole, own[1])]
         assert dynamic([*own, cut], random.Random(0), anchor="improver") == Dropped("every improver answer truncated")
 
