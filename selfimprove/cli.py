@@ -64,11 +64,11 @@ def iterate(
     ] = None,
 ) -> None:
     """Improve a model over numbered iterations; go on where an earlier call stopped."""
-    from selfimprove import recipe as recipes
+    from selfimprove import recipe_file
 
     overrides = [f"{key}={json.dumps(value)}" for key, value in _given(rounds, model, seed, engine).items()]
-    chosen = recipes.load(recipes.find(recipe), [*overrides, *(settings or [])])
-    chosen = recipes.absolute(chosen)
+    chosen = recipe_file.load(recipe_file.find(recipe), [*overrides, *(settings or [])])
+    chosen = recipe_file.absolute(chosen)
     _go(chosen.name if run is None else run, chosen)
 
 
@@ -175,7 +175,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What would run, stage by stage, and why."""
-    from selfimprove import recipe as recipes
+    from selfimprove import recipe_file
     from selfimprove.plan import examine
     from selfimprove.preflight import check
     from selfimprove.run import place
@@ -183,7 +183,7 @@ def plan(
     if (RUNS / run / "recipe.toml").is_file():
         found, chosen = _open(run)
     else:
-        chosen = recipes.absolute(recipes.load(recipes.find(run)))
+        chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(run)))
         found = place(RUNS, chosen.name)
         check(chosen)
     examined = examine(found, chosen)
@@ -208,11 +208,11 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check a recipe, its data and its model, and rehearse the first training step; needs no GPU."""
-    from selfimprove import recipe as recipes
+    from selfimprove import recipe_file
     from selfimprove.preflight import rehearse
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    chosen = recipes.absolute(recipes.load(recipes.find(recipe), settings))
+    chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(recipe), settings))
     found = rehearse(chosen)
     if as_json:
         _json([one._asdict() for one in found])
@@ -300,10 +300,10 @@ def recipes(as_json: AsJson = False) -> None:
     """List the shipped recipes: those of the embedded default, then the papers' own settings."""
     import textwrap
 
-    from selfimprove import recipe as module
+    from selfimprove import recipe_file
 
     found = []
-    for path in module.shipped_recipes():
+    for path in recipe_file.shipped_recipes():
         about = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix(f"# {path.stem}: ")
         found.append({"name": path.stem, "about": about, "path": str(path)})
     if as_json:
@@ -373,14 +373,14 @@ def demo_build(
 
 def _open(name: str) -> tuple[Any, Any]:
     """A run that exists, and its recipe."""
-    from selfimprove import recipe as recipes
+    from selfimprove import recipe_file
     from selfimprove.store import Run
 
     run = Run(RUNS / name)
     if "/" in name or not run.exists():
         known = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/recipe.toml"))) or "none"
         raise UserError(f"no run '{name}' in {RUNS.resolve()}", f"runs here: {known}")
-    return run, recipes.load(run.recipe_file)
+    return run, recipe_file.load(run.recipe_file)
 
 
 def _json(value: Any) -> None:

@@ -6,18 +6,15 @@ artifacts; `[machine]` says HOW (devices, memory) and enters none.
 
 import functools
 import inspect
-import re
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import pydantic
-import tomlkit
 from pydantic import Field
 
-from selfimprove.errors import UsageError, UserError
+from selfimprove.errors import UserError
 
 STAGES = ("synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate")
 PACKAGE = Path(__file__).parent
@@ -29,11 +26,6 @@ def shipped(folder: str) -> Path:
     """The shipped `pipelines` or `prompts` folder: inside an installed package, beside it in a checkout."""
     installed = PACKAGE / folder
     return installed if installed.is_dir() else PACKAGE.parent / folder
-
-
-def shipped_recipes() -> list[Path]:
-    """The shipped recipes in order of their names; the study beside them is no recipe."""
-    return sorted(path for path in shipped("pipelines").glob("*.toml") if path.stem != "study")
 
 
 class Section(pydantic.BaseModel):
@@ -73,7 +65,7 @@ class Choice(pydantic.BaseModel):
                 f"{what} '{self.name}': parameter '{'.'.join(map(str, first['loc']))}': {_plain(first)}",
                 f"parameters of {self.name}: {accepted}",
             ) from None
-        return partial(function, **values.model_dump())  # type: ignore[return-value]  # same call, fewer arguments
+        return partial(function, **dict(values))  # type: ignore[return-value]  # same call, fewer arguments
 
 
 class Model(Section):
@@ -343,6 +335,23 @@ class Engine(Section):
     max_model_len: int = Field(512, ge=16)
 
 
+class Server(Section):
+    """An OpenAI-compatible server that judges ask as `model = "server:NAME"`; `url` and `model` enter keys."""
+
+    url: str = Field(pattern=r"^https?://")  # up to and with /v1
+    model: str
+    api_key_env: str | None = None  # the environment variable that holds the key; unset = none is sent
+    structured_output: bool = False  # the server shapes replies by a JSON schema
+    # how to ask, in no key:
+    concurrency: int = Field(16, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1)
+    timeout_seconds: float = Field(120.0, gt=0)  # of one attempt
+    attempts: int = Field(6, ge=1)
+    input_price: float = Field(0.0, ge=0)  # USD per million tokens
+    output_price: float = Field(0.0, ge=0)
+    ceiling_usd: float | None = Field(None, gt=0)  # of a stage; it stops there, to be resumed
+
+
 class Machine(Section):
     """How to run; enters no key."""
 
@@ -379,6 +388,7 @@ class Recipe(Section):
     sft: Sft | None = None
     control: Control | None = None
     schedule: list[Change] = []
+    servers: dict[str, Server] = {}
     machine: Machine = Machine()
 
     @pydantic.model_validator(mode="after")
@@ -408,30 +418,6 @@ class Recipe(Section):
         return validated(Recipe, table, f"schedule, round {iteration}")
 
 
-def load(path: Path, settings: list[str] | None = None, edits: Sequence[Edit] = ()) -> Recipe:
-    """Read a recipe file, and apply edits and then `a.b=value` settings to it.
-
-    Raises:
-        UserError: unreadable file, bad TOML, unknown key, or a value of the wrong type.
-    """
-    table = read_toml(path, "recipe", "selfimprove recipes", "compare with pipelines/default.toml")
-    for edit in edits:
-        edit.apply(table)
-    for setting in settings or []:
-        _set(table, setting)
-    return validated(Recipe, table, f"recipe {path.name}")
-
-
-def read_toml(path: Path, what: str, gone: str, bad: str) -> dict[str, Any]:
-    """The table of a TOML file; the two hints are for one that cannot be read and for one that is no TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read: {error.strerror}", gone) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is not valid TOML: {error}", bad) from None
-
-
 def validated(model: type[M], table: Mapping[str, Any], what: str) -> M:
     """The table as a model.
 
@@ -449,42 +435,6 @@ def validated(model: type[M], table: Mapping[str, Any], what: str) -> M:
         raise UserError(f"{what}: {where}{': ' if where else ''}{_plain(first)}", _hint(first, model)) from None
 
 
-def find(name: str) -> Path:
-    """The recipe file called `name`: a path to a TOML file, or the name of a shipped recipe."""
-    if name.endswith(".toml") or "/" in name:
-        return Path(name)
-    path = shipped("pipelines") / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(p.stem for p in shipped_recipes())
-        raise UserError(f"no recipe called '{name}'", f"known: {known}; or give a path ending in .toml")
-    return path
-
-
-def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths, so that a run stays whole wherever it is resumed from."""
-
-    def fixed(name: str) -> str:
-        return str(Path(name).resolve()) if not name.startswith("demo:") and Path(name).exists() else name
-
-    data = {name: fixed(value) for name, value in recipe.data.model_dump().items()}
-    changed: dict[str, Any] = {"model": Model(path=fixed(recipe.model.path)), "data": Data(**data)}
-    if recipe.train.reference_path:
-        path = fixed(recipe.train.reference_path)
-        changed["train"] = recipe.train.model_copy(update={"reference_path": path})
-    return recipe.model_copy(update=changed)
-
-
-def dump(recipe: Recipe) -> str:
-    """The recipe as TOML; `load` of it gives an equal recipe."""
-    return tomlkit.dumps(recipe.model_dump(exclude_none=True))
-
-
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """What changes between two recipes, as `train.beta 0.1 -> 0.2`, without `rounds` and `[machine]`."""
-    a, b = (_flat(r.model_dump(exclude={"rounds", "machine"})) for r in (old, new))
-    return [f"{key} {a.get(key)} -> {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)]
-
-
 def _known(key: str) -> None:
     """Refuse a name that no recipe can have, which dropping would pass over in silence."""
     model: Any = Recipe
@@ -496,31 +446,6 @@ def _known(key: str) -> None:
         model = next((a for a in sections if issubclass(a, Section)), None)
         if model is None:  # a value, or a choice with parameters of its own
             return
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat
-
-
-def _set(table: dict[str, Any], setting: str) -> None:
-    key, equals, text = setting.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
-        raise UsageError(f"--set {setting}: expected KEY=VALUE", "for example --set train.optimizer.epochs=3")
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string, so that a shell needs no nested quotes
-    try:
-        put(table, key.strip(), value)
-    except UserError as error:
-        raise UsageError(f"--set {setting}: {error.message}", error.hint) from None
 
 
 def put(table: dict[str, Any], key: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from selfimprove import recipe
+from selfimprove import recipe_file
 from selfimprove.engine import Engines
 from selfimprove.engine.protocol import Engine
 from selfimprove.errors import UsageError, UserError
@@ -71,8 +71,8 @@ def begin(run: Run, chosen: Recipe, command: list[str]) -> None:
         UserError: the run exists with another recipe.
     """
     if run.exists():
-        known = recipe.load(run.recipe_file)
-        if differences := recipe.differences(known, chosen):
+        known = recipe_file.load(run.recipe_file)
+        if differences := recipe_file.differences(known, chosen):
             raise UserError(
                 f"run '{run.name}' exists with another recipe: {'; '.join(differences)}",
                 f"--run ANOTHER_NAME, or selfimprove resume {run.name} to go on with its own",
@@ -84,7 +84,7 @@ def begin(run: Run, chosen: Recipe, command: list[str]) -> None:
     if is_hub_id(chosen.model.path):
         about["revision"] = locate_model(chosen.model.path).name  # a snapshot's folder is named by its commit
     write_atomically(run.path / "run.json", json.dumps(about, indent=1) + "\n")
-    write_atomically(run.recipe_file, recipe.dump(chosen))
+    write_atomically(run.recipe_file, recipe_file.dump(chosen))
 
 
 def iterate(
@@ -109,10 +109,10 @@ def iterate(
                 f"{stale.step.directory} is not what this recipe makes: {stale.reason}",
                 f"selfimprove resume {run.name} --again {stale.step.directory} makes it and what follows anew",
             )
-        known = recipe.load(run.recipe_file)
+        known = recipe_file.load(run.recipe_file)
         longest = chosen.model_copy(update={"rounds": max(known.rounds, chosen.rounds)})
         if longest != known:  # more rounds, or other machine settings
-            write_atomically(run.recipe_file, recipe.dump(longest))
+            write_atomically(run.recipe_file, recipe_file.dump(longest))
         with Interrupts(display.stopping) as interrupts:
             for number, examined in enumerate(todo, 1):
                 step = examined.step

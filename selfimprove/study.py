@@ -20,7 +20,7 @@ import msgspec
 import pydantic
 from pydantic import Field
 
-from selfimprove import recipe
+from selfimprove import recipe, recipe_file
 from selfimprove.errors import UserError
 from selfimprove.interrupts import Interrupts
 from selfimprove.plan import examine
@@ -111,7 +111,7 @@ def load(path: Path) -> Study:
         UserError: unreadable, no TOML, an unknown key, a name that nothing has.
     """
     hint = "docs/studies.md shows one"
-    return recipe.validated(Study, recipe.read_toml(path, "study", hint, hint), f"study {path.name}")
+    return recipe.validated(Study, recipe_file.read_toml(path, "study", hint, hint), f"study {path.name}")
 
 
 # --- its runs ----------------------------------------------------------------------------------------------------
@@ -149,10 +149,10 @@ def _recipe_of(study: Study, world: str, arm: str) -> Recipe:
     rounds = study.arms[arm].rounds or study.rounds
     own = [Edit(set={"rounds": rounds})] if rounds else []
     try:
-        chosen = recipe.load(recipe.find(study.arms[arm].recipe), edits=[*study.edits(world, arm), *own])
+        chosen = recipe_file.load(recipe_file.find(study.arms[arm].recipe), edits=[*study.edits(world, arm), *own])
     except UserError as error:
         raise UserError(f"arm '{arm}' in world '{world}': {error.message}", error.hint) from None
-    return recipe.absolute(chosen)
+    return recipe_file.absolute(chosen)
 
 
 def _measured_alike(world: str, arms: Mapping[str, Recipe]) -> None:
@@ -172,7 +172,7 @@ def _measured_alike(world: str, arms: Mapping[str, Recipe]) -> None:
 
 def finished(run: Run, chosen: Recipe) -> bool:
     """Whether a run has everything that this recipe makes."""
-    if not run.exists() or recipe.differences(recipe.load(run.recipe_file), chosen):
+    if not run.exists() or recipe_file.differences(recipe_file.load(run.recipe_file), chosen):
         return False
     return all(examined.status == "done" for examined in examine(run, chosen))
 

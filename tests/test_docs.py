@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from selfimprove import recipe
+from selfimprove import recipe, recipe_file
 from selfimprove.store import Manifest
 from tests.conftest import selfimprove
 from tests.paths import ROOT
@@ -51,7 +51,7 @@ def test_every_recipe_and_command_of_the_readme_exists():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", readme, re.MULTILINE)
     table = re.findall(r"`(\w+)`", " ".join(rows))
-    names = {path.stem for path in recipe.shipped_recipes()}
+    names = {path.stem for path in recipe_file.shipped_recipes()}
     assert set(table) == {name for name in names if not name.endswith("_7b")}
     for command in re.findall(r"^selfimprove (\w+)", readme, re.MULTILINE):
         assert selfimprove(command, "--help").code == 0

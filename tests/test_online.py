@@ -11,7 +11,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfimprove import recipe, records, store
+from selfimprove import recipe_file, records, store
 from selfimprove.chat import Chat
 from selfimprove.data import SHIPPED, read_seeds
 from selfimprove.engine import canary
@@ -284,4 +284,4 @@ def test_chunks_by_source_need_sources(in_tmp):
 
 def test_a_recipe_is_what_it_says(in_tmp):
     for name in ("sapo", "d2po", "active_dpo"):
-        assert recipe.load(recipe.find(name)).name == name
+        assert recipe_file.load(recipe_file.find(name)).name == name

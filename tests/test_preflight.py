@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from selfimprove import preflight, recipe
+from selfimprove import preflight, recipe_file
 from selfimprove.errors import UserError
 from tests.conftest import selfimprove
 
-RECIPES = [p.stem for p in recipe.shipped_recipes() if not p.stem.endswith("_7b")]  # those need a model and data
+RECIPES = [p.stem for p in recipe_file.shipped_recipes() if not p.stem.endswith("_7b")]  # those need a model and data
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -85,7 +85,7 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(settings, says, hi
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(name, settings, says, hint):
     with pytest.raises(UserError) as raised:
-        preflight.check(recipe.load(recipe.find(name), settings))
+        preflight.check(recipe_file.load(recipe_file.find(name), settings))
     assert says in raised.value.message
     assert hint in raised.value.hint
 
@@ -100,7 +100,7 @@ def test_settings_that_do_not_go_together_are_refused(name, settings, says, hint
     ],
 )
 def test_the_variants_of_synpo_pass(settings):
-    preflight.check(recipe.load(recipe.find("synpo"), settings))
+    preflight.check(recipe_file.load(recipe_file.find("synpo"), settings))
 
 
 @pytest.mark.parametrize("judge", ["rubric", "discriminator", "self_consistency"])

@@ -4,31 +4,31 @@ import re
 
 import pytest
 
-from selfimprove import plan, preflight, recipe
+from selfimprove import plan, preflight, recipe, recipe_file
 from selfimprove.errors import UsageError, UserError
 
-DEFAULT = recipe.find("default")
-SHIPPED = recipe.shipped_recipes()
+DEFAULT = recipe_file.find("default")
+SHIPPED = recipe_file.shipped_recipes()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_recipes_load_survive_a_round_trip_and_say_what_they_are(path, tmp_path):
-    loaded = recipe.load(path)
+    loaded = recipe_file.load(path)
     assert loaded.name == path.stem
     copy = tmp_path / "copy.toml"
-    copy.write_text(recipe.dump(loaded))
-    assert recipe.load(copy) == loaded
+    copy.write_text(recipe_file.dump(loaded))
+    assert recipe_file.load(copy) == loaded
     header = path.read_text().split("\n\n")[0]
     assert header.startswith(f"# {path.stem}: ")
     assert "selfimprove iterate" in header
 
 
 def test_settings_override_any_key():
-    changed = recipe.load(DEFAULT, ["train.optimizer.epochs=5", "model.path=some/where", "train.loss.beta=4"])
+    changed = recipe_file.load(DEFAULT, ["train.optimizer.epochs=5", "model.path=some/where", "train.loss.beta=4"])
     assert changed.train.optimizer.epochs == 5
     assert changed.model.path == "some/where"
     assert changed.train.loss.model_extra["beta"] == 4
-    assert changed.train.loss.model_extra["gamma"] == recipe.load(DEFAULT).train.loss.model_extra["gamma"]
+    assert changed.train.loss.model_extra["gamma"] == recipe_file.load(DEFAULT).train.loss.model_extra["gamma"]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_settings_override_any_key():
 )
 def test_what_is_wrong_is_named_with_a_hint(setting, says):
     with pytest.raises(UserError, match=r"recipe default\.toml") as raised:
-        recipe.load(DEFAULT, [setting])
+        recipe_file.load(DEFAULT, [setting])
     assert says in raised.value.message
     assert raised.value.hint
 
@@ -56,7 +56,7 @@ def test_what_is_wrong_is_named_with_a_hint(setting, says):
 @pytest.mark.parametrize("setting", ["rounds", "=3", "a..b=1", "rounds.x.y=3"])
 def test_a_setting_that_is_no_setting_is_a_usage_error(setting):
     with pytest.raises((UsageError, UserError)):
-        recipe.load(DEFAULT, [setting])
+        recipe_file.load(DEFAULT, [setting])
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"name = ", b"x" * 100, b"name = 3"])
@@ -64,20 +64,20 @@ def test_rubbish_is_one_sentence(tmp_path, content):
     file = tmp_path / "r.toml"
     file.write_bytes(content)
     with pytest.raises(UserError):
-        recipe.load(file)
+        recipe_file.load(file)
     with pytest.raises(UserError, match="cannot be read"):
-        recipe.load(tmp_path / "none.toml")
+        recipe_file.load(tmp_path / "none.toml")
 
 
 def test_differences_leave_out_how_and_how_long():
-    old = recipe.load(DEFAULT)
-    assert recipe.differences(old, recipe.load(DEFAULT, ["rounds=9", "machine.threads=2"])) == []
-    assert recipe.differences(old, recipe.load(DEFAULT, ["seed=3"])) == ["seed 0 -> 3"]
+    old = recipe_file.load(DEFAULT)
+    assert recipe_file.differences(old, recipe_file.load(DEFAULT, ["rounds=9", "machine.threads=2"])) == []
+    assert recipe_file.differences(old, recipe_file.load(DEFAULT, ["seed=3"])) == ["seed 0 -> 3"]
 
 
 def test_an_unknown_recipe_names_the_known_ones():
     with pytest.raises(UserError) as raised:
-        recipe.find("sinpo")
+        recipe_file.find("sinpo")
     assert "synpo" in raised.value.hint
 
 
@@ -90,7 +90,7 @@ class TestSchedule:
     )
 
     def test_a_round_is_the_recipe_with_its_changes(self):
-        chosen = recipe.load(recipe.find("dnpo"), [f"schedule={self.CHANGES}"])
+        chosen = recipe_file.load(recipe_file.find("dnpo"), [f"schedule={self.CHANGES}"])
         first, second, third = (chosen.at(t) for t in (1, 2, 3))
         assert (first.label.pairing.name, first.label.judge, first.train.noise) == ("gold_vs_generated", None, None)
         assert (second.label.pairing.name, second.label.judge) == (chosen.label.pairing.name, chosen.label.judge)
@@ -99,12 +99,12 @@ class TestSchedule:
         assert chosen.at(4) == third
 
     def test_it_survives_the_copy_in_the_run(self, tmp_path):
-        chosen = recipe.load(recipe.find("dnpo"), [f"schedule={self.CHANGES}"])
-        (tmp_path / "recipe.toml").write_text(recipe.dump(chosen))
-        assert recipe.load(tmp_path / "recipe.toml") == chosen
+        chosen = recipe_file.load(recipe_file.find("dnpo"), [f"schedule={self.CHANGES}"])
+        (tmp_path / "recipe.toml").write_text(recipe_file.dump(chosen))
+        assert recipe_file.load(tmp_path / "recipe.toml") == chosen
 
     def test_only_that_rounds_stages_get_another_section(self):
-        chosen = recipe.load(recipe.find("dnpo"), [f"schedule={self.CHANGES}"])
+        chosen = recipe_file.load(recipe_file.find("dnpo"), [f"schedule={self.CHANGES}"])
         sections = {step.directory: step.section for step in plan.steps(chosen)}
         assert sections["iter-001/3-train"].noise is None
         assert sections["iter-002/3-train"].noise is not None
@@ -120,7 +120,7 @@ class TestSchedule:
     )
     def test_what_cannot_change_is_refused(self, change, says):
         with pytest.raises(UserError, match=re.escape(says)):
-            recipe.load(recipe.find("dnpo"), [f"schedule=[{change}]"])
+            recipe_file.load(recipe_file.find("dnpo"), [f"schedule=[{change}]"])
 
     @pytest.mark.parametrize(
         ("change", "says"),
@@ -132,7 +132,7 @@ class TestSchedule:
         ],
     )
     def test_a_change_is_checked_before_the_run(self, change, says):
-        chosen = recipe.load(recipe.find("dnpo"), [f"schedule=[{change}]"])
+        chosen = recipe_file.load(recipe_file.find("dnpo"), [f"schedule=[{change}]"])
         with pytest.raises(UserError, match=re.escape(says)):
             preflight.check(chosen)
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from selfimprove import preflight, recipe, records, store
+from selfimprove import preflight, recipe, recipe_file, records, store
 from selfimprove import run as running
 from selfimprove.data import SHIPPED, read_seeds
 from selfimprove.engine import Engines
 from selfimprove.stages import discriminate, evaluate, label
 from tests.paths import ROOT
 
-FILES = recipe.shipped_recipes()
+FILES = recipe_file.shipped_recipes()
 PAPERS = [path for path in FILES if path.stem.endswith("_7b")]
 SMALL = [path.stem for path in FILES if path not in PAPERS]
 LOG_2 = pytest.approx(math.log(2), abs=1e-4)
@@ -31,7 +31,7 @@ def test_the_header_says_how_to_run_it_what_it_is_and_where_it_deviates(path):
     text = path.read_text(encoding="utf-8")
     header = text.split("\n\n")[0]
     assert header.startswith(f"# {path.stem}: ")
-    assert recipe.load(path).name == path.stem
+    assert recipe_file.load(path).name == path.stem
     for field in ("Run", "Method", "Cost", "Expect", "Deviates"):
         assert re.search(rf"^# {field}: +\S", header, re.MULTILINE), field
     assert re.search(rf"^# Run: +selfimprove iterate( {path.stem})?( --rounds \d)?$", header, re.MULTILINE)
@@ -41,7 +41,7 @@ def test_the_header_says_how_to_run_it_what_it_is_and_where_it_deviates(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_round_is_a_recipe_whose_settings_fit_together(path):
-    chosen = recipe.load(path)
+    chosen = recipe_file.load(path)
     evaluate.check(chosen.evaluate)
     for iteration in range(1, chosen.rounds + 1):
         now = chosen.at(iteration)
@@ -54,7 +54,7 @@ def test_every_round_is_a_recipe_whose_settings_fit_together(path):
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda p: p.stem)
 def test_a_recipe_of_a_paper_is_made_for_eight_gpus_and_for_files_of_the_users(path):
-    chosen = recipe.load(path)
+    chosen = recipe_file.load(path)
     assert chosen.engine.dtype == chosen.train.optimizer.dtype == "bfloat16"
     assert chosen.machine.num_processes == 8
     assert chosen.machine.gradient_checkpointing
@@ -103,7 +103,7 @@ class Quiet:
 
 def miniature(name: str, folder: Path, changes: dict[str, Any]) -> recipe.Recipe:
     """The recipe with little data and small batches, so that a round has several steps; `changes` by dotted names."""
-    table = recipe.load(recipe.find(name)).model_dump(exclude_none=True)
+    table = recipe_file.load(recipe_file.find(name)).model_dump(exclude_none=True)
     table.pop("control", None)
     table["rounds"] = 2
     for what, rows in (("seeds", SEEDS), ("heldout", HELDOUT)):

@@ -3,7 +3,7 @@
 import dataclasses
 from html.parser import HTMLParser
 
-from selfimprove import recipe, records, store
+from selfimprove import recipe_file, records, store
 from selfimprove.report import html
 from tests.conftest import selfimprove
 
@@ -33,7 +33,7 @@ def poison(run, iteration: str, name: str, record: type) -> None:
 def test_the_page_is_inert(fake_run):
     poison(fake_run, "iter-001/5-evaluate", "samples", records.Sample)
     run = store.Run(fake_run)
-    page = html.render(run, recipe.load(run.recipe_file))
+    page = html.render(run, recipe_file.load(run.recipe_file))
     tags = Tags()
     tags.feed(page)
     assert not {tag for tag, _ in tags.found} & {"script", "img", "iframe", "link", "object"}

@@ -16,7 +16,7 @@ import pytest
 import safetensors
 import transformers
 
-from selfimprove import plan, recipe, records, store
+from selfimprove import plan, recipe_file, records, store
 from selfimprove.data import SHIPPED, read_heldout, read_seeds
 from selfimprove.stages.io import MEASURED
 from tests.conftest import SMALL, selfimprove
@@ -87,7 +87,7 @@ class TestResume:
     def test_sigkill_in_every_stage_and_the_result_is_that_of_an_uninterrupted_run(self, tiny_data):
         assert selfimprove("iterate", "--run", "whole", *TINY).code == 0
         whole = Path("runs/whole")
-        chosen = recipe.load(whole / "recipe.toml")
+        chosen = recipe_file.load(whole / "recipe.toml")
         stages = [step.directory for step in plan.steps(chosen)]
         assert len(stages) == 8
 

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from selfimprove import recipe, store, study
+from selfimprove import recipe_file, store, study
 from selfimprove.data import SHIPPED
 from selfimprove.engine import Engines
 from selfimprove.errors import UserError
@@ -85,12 +85,12 @@ class TestPerform:
             files = [Path(f"runs/tiny-clean-{arm}-s{seed}") for arm in ("spin", "soft")]
             for run in files:
                 assert selfimprove("verify", run.name).code == 0
-                assert recipe.load(run / "recipe.toml").seed == seed
+                assert recipe_file.load(run / "recipe.toml").seed == seed
                 assert not list(run.glob("iter-*/*.partial"))
         self._numbers(json.loads(Path("numbers.json").read_text()))
 
         # an ordinary run of the same recipe and seed is the same, byte for byte
-        chosen = recipe.load(Path("runs/tiny-clean-soft-s1/recipe.toml"))
+        chosen = recipe_file.load(Path("runs/tiny-clean-soft-s1/recipe.toml"))
         with Engines() as engines:
             iterate(store.Run(Path("runs/alone")), chosen, Silent(), [], engines)
         assert keys(Path("runs/alone")) == keys(Path("runs/tiny-clean-soft-s1"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfimprove.demo import world
-from selfimprove.engine.protocol import Completion, Progress, Request, Sampling
+from selfimprove.engine.protocol import Completion, Finished, Request, Sampling
 from selfimprove.store import model_identity
 
 
@@ -28,13 +28,14 @@ class FakeEngine:
         self._identity = model_identity(model)
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
         """See protocol.Engine."""
         completions = [
             [self._complete(r.prompt_token_ids, random.Random(r.seed + k), sampling) for k in range(r.n)]
             for r in requests
         ]
-        progress(len(requests), len(requests))
+        for number, answers in enumerate(completions):
+            finished(number, answers)
         return completions
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

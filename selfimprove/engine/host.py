@@ -4,12 +4,11 @@ Started by `vllm_engine.VllmEngine` as `python -m selfimprove.engine.host FD PID
 """
 
 import ctypes
-import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,7 +39,9 @@ class Host:
                 self.swap(model)
                 return messages.Done()
             case messages.Generate(requests, sampling):
-                return messages.Completions(self.generate(requests, sampling))
+                for number, completions in self.generate(requests, sampling):
+                    self.send(messages.Finished(number, completions))
+                return messages.Done()
             case messages.Score(sequences):
                 return messages.Logprobs(self.score(sequences))
             case messages.Sleep():
@@ -89,8 +90,8 @@ class Host:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after the weights changed")
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Sample; progress goes to the driver as completions finish."""
+    def generate(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, list[Completion]]]:
+        """Sample; a request comes out as soon as its completions are finished."""
         from vllm import SamplingParams
 
         parameters = [
@@ -107,31 +108,29 @@ class Host:
             )
             for request in requests
         ]
-        prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
-        outputs = self.llm.generate(prompts, parameters, use_tqdm=self._bar(sum(r.n for r in requests)))
-        return [
-            [
-                Completion(
-                    token_ids=list(one.token_ids),
-                    logprobs=[step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)],
-                    finish_reason="length" if one.finish_reason == "length" else "stop",
-                )
-                for one in sorted(output.outputs, key=lambda one: one.index)
-            ]
-            for output in outputs
-        ]
+        for number, output in self._outputs([request.prompt_token_ids for request in requests], parameters):
+            yield (
+                number,
+                [
+                    Completion(
+                        token_ids=list(one.token_ids),
+                        logprobs=[step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)],
+                        finish_reason="length" if one.finish_reason == "length" else "stop",
+                    )
+                    for one in sorted(output.outputs, key=lambda one: one.index)
+                ],
+            )
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probability of each token but the first."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=0)
-        prompts = [{"prompt_token_ids": ids} for ids in sequences]
-        outputs = self.llm.generate(prompts, parameters, use_tqdm=self._bar(len(sequences)))
-        return [
-            [step[token].logprob for token, step in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
-            for ids, output in zip(sequences, outputs, strict=True)
-        ]
+        found: list[list[float]] = [[] for _ in sequences]
+        for number, output in self._outputs(sequences, [parameters] * len(sequences)):
+            steps = zip(sequences[number][1:], output.prompt_logprobs[1:], strict=True)
+            found[number] = [step[token].logprob for token, step in steps]
+        return found
 
     def sleep(self) -> None:
         """Drop weights and cache from the GPU; vLLM ignores this on CPU."""
@@ -139,22 +138,19 @@ class Host:
             self.llm.sleep(level=2)
             self.asleep = True
 
-    def _bar(self, total: int) -> Any:
-        """A tqdm for vLLM's loop that reports to the driver instead of a terminal."""
-        from tqdm import tqdm
-
-        send, silent = self.send, io.StringIO()
-
-        class Bar(tqdm):
-            def __init__(self, *arguments: Any, **options: Any) -> None:
-                super().__init__(*arguments, **{**options, "file": silent})
-
-            def update(self, n: float | None = 1) -> Any:
-                shown = super().update(n)
-                send(messages.Progress(int(self.n), total))
-                return shown
-
-        return Bar
+    def _outputs(self, prompts: list[list[int]], parameters: list[Any]) -> Iterator[tuple[int, Any]]:
+        """VLLM's outputs as requests finish, each with the number of its prompt."""
+        ids = self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+        numbers = {request_id: number for number, request_id in enumerate(ids)}
+        engine = self.llm.llm_engine
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        yield numbers[output.request_id], output
+        except BaseException:
+            engine.abort_request(ids)  # what is left would mix with the next call's
+            raise
 
 
 def _repack_tied_head(model: Any) -> None:

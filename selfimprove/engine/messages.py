@@ -39,17 +39,11 @@ class Done(msgspec.Struct, tag=True):
     """A call without a result is finished."""
 
 
-class Progress(msgspec.Struct, tag=True):
-    """A call is under way."""
+class Finished(msgspec.Struct, tag=True):
+    """One request of Generate has its completions; Done follows the last."""
 
-    done: int
-    total: int
-
-
-class Completions(msgspec.Struct, tag=True):
-    """The answer to Generate."""
-
-    completions: list[list[Completion]]
+    number: int
+    completions: list[Completion]
 
 
 class Logprobs(msgspec.Struct, tag=True):
@@ -66,4 +60,4 @@ class Failure(msgspec.Struct, tag=True):
 
 
 Call = Load | Swap | Generate | Score | Sleep
-Reply = Done | Progress | Completions | Logprobs | Failure
+Reply = Done | Finished | Logprobs | Failure

@@ -6,8 +6,6 @@ from typing import Literal, Protocol
 
 import msgspec
 
-Progress = Callable[[int, int], None]  # done, total
-
 
 class Request(msgspec.Struct, frozen=True):
     """`n` completions of one prompt; completion k is sampled with seed + k."""
@@ -38,6 +36,9 @@ class Completion(msgspec.Struct, frozen=True):
     finish_reason: Literal["stop", "length"]
 
 
+Finished = Callable[[int, list[Completion]], None]  # number of the request, its completions
+
+
 class Options(msgspec.Struct, frozen=True):
     """How an engine is built."""
 
@@ -55,8 +56,8 @@ class Engine(Protocol):
     def swap(self, model: Path) -> None:
         """Serve the weights in this directory from now on; nothing happens when they are served already."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[list[Completion]]:
-        """`n` completions of each request, in the order of the requests."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
+        """`n` completions of each request, in the order of the requests; `finished` hears of each when it ends."""
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of each token given those before it; the first token has none, so a list is one shorter."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from selfimprove.engine.protocol import Completion, Options, Progress, Request, Sampling
+from selfimprove.engine.protocol import Completion, Finished, Options, Request, Sampling
 
 LOGITS_BYTES = 256 << 20  # of a batch that is scored
 
@@ -32,18 +32,19 @@ class TransformersEngine:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
             self._served = model
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
         """See protocol.Engine."""
         rows = [(i, r.prompt_token_ids, r.seed + k) for i, r in enumerate(requests) for k in range(r.n)]
         rows.sort(key=lambda row: len(row[1]))  # alike lengths share a batch: less padding
-        completions: list[list[tuple[int, Completion]]] = [[] for _ in requests]
+        completions: list[dict[int, Completion]] = [{} for _ in requests]  # by seed
         for start in range(0, len(rows), self.options.max_num_seqs):
             batch = rows[start : start + self.options.max_num_seqs]
             sampled = self._sample([ids for _, ids, _ in batch], [seed for *_, seed in batch], sampling)
             for (i, _, seed), completion in zip(batch, sampled, strict=True):
-                completions[i].append((seed, completion))
-            progress(start + len(batch), len(rows))
-        return [[completion for _, completion in sorted(of, key=lambda pair: pair[0])] for of in completions]
+                completions[i][seed] = completion
+                if len(completions[i]) == requests[i].n:
+                    finished(i, _in_order(completions[i]))
+        return [_in_order(of) for of in completions]
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See protocol.Engine."""
@@ -117,6 +118,10 @@ class TransformersEngine:
                 break
         logprobs = [step[index].item() for step in chooser.logprobs[:length]]
         return Completion(row[:length], logprobs, "stop" if reason == "stop" else "length")
+
+
+def _in_order(by_seed: dict[int, Completion]) -> list[Completion]:
+    return [by_seed[seed] for seed in sorted(by_seed)]
 
 
 class _Chooser(transformers.LogitsProcessor):

@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from selfimprove.engine import canary, messages
-from selfimprove.engine.protocol import Completion, Options, Progress, Request, Sampling
+from selfimprove.engine.protocol import Completion, Finished, Options, Request, Sampling
 from selfimprove.errors import UserError
 
 R = TypeVar("R")
@@ -70,11 +70,17 @@ class VllmEngine:
             self._finish_start()
         self._served = model
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
         """See protocol.Engine."""
         self._finish_start()
-        call = messages.Generate(list(requests), sampling)
-        return self._call(call, messages.Completions, progress).completions
+        answers: list[list[Completion]] = [[] for _ in requests]
+
+        def take(number: int, completions: list[Completion]) -> None:
+            answers[number] = completions
+            finished(number, completions)
+
+        self._call(messages.Generate(list(requests), sampling), messages.Done, take)
+        return answers
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See protocol.Engine."""
@@ -153,10 +159,10 @@ class VllmEngine:
     def _on_gpu(self) -> bool:
         return bool(torch.cuda.is_available())
 
-    def _call(self, call: messages.Call, expected: type[R], progress: Progress | None = None) -> R:
+    def _call(self, call: messages.Call, expected: type[R], finished: Finished | None = None) -> R:
         try:
             self._send(call)
-            return self._receive(expected, progress)
+            return self._receive(expected, finished)
         except HostError:
             self._served = None  # whatever it serves now, the next swap proves or rebuilds it
             raise
@@ -167,16 +173,16 @@ class VllmEngine:
         except OSError as error:
             raise HostError(f"the engine process is gone ({error})") from None
 
-    def _receive(self, expected: type[R], progress: Progress | None = None) -> R:
+    def _receive(self, expected: type[R], finished: Finished | None = None) -> R:
         while True:
             try:
                 reply: messages.Reply = msgspec.msgpack.decode(self._connection.recv_bytes(), type=messages.Reply)
             except (EOFError, OSError):
                 raise HostError(f"the engine process ended with code {self._process.wait()}") from None
             match reply:
-                case messages.Progress(done, total):
-                    if progress:
-                        progress(done, total)
+                case messages.Finished(number, completions):
+                    if finished:
+                        finished(number, completions)
                 case messages.Failure(error, traceback):
                     with self.log.open("a", encoding="utf-8") as log:
                         log.write(traceback)

@@ -7,7 +7,8 @@ from typing import Any
 import jinja2
 
 from selfimprove import plan, status
-from selfimprove.recipe import Recipe, dump
+from selfimprove.recipe import Recipe
+from selfimprove.recipe_file import dump
 from selfimprove.records import Sample
 from selfimprove.report import terminal
 from selfimprove.stages import evaluate

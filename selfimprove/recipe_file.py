@@ -1,0 +1,102 @@
+"""Recipes as files: found by name, read, changed by `--set`, compared and written."""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from selfimprove.errors import UsageError, UserError
+from selfimprove.recipe import Data, Edit, Model, Recipe, put, shipped, validated
+
+
+def shipped_recipes() -> list[Path]:
+    """The shipped recipes in order of their names; the study beside them is no recipe."""
+    return sorted(path for path in shipped("pipelines").glob("*.toml") if path.stem != "study")
+
+
+def load(path: Path, settings: list[str] | None = None, edits: Sequence[Edit] = ()) -> Recipe:
+    """Read a recipe file, and apply edits and then `a.b=value` settings to it.
+
+    Raises:
+        UserError: unreadable file, bad TOML, unknown key, or a value of the wrong type.
+    """
+    table = read_toml(path, "recipe", "selfimprove recipes", "compare with pipelines/default.toml")
+    for edit in edits:
+        edit.apply(table)
+    for setting in settings or []:
+        _set(table, setting)
+    return validated(Recipe, table, f"recipe {path.name}")
+
+
+def read_toml(path: Path, what: str, gone: str, bad: str) -> dict[str, Any]:
+    """The table of a TOML file; the two hints are for one that cannot be read and for one that is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}", gone) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} is not valid TOML: {error}", bad) from None
+
+
+def find(name: str) -> Path:
+    """The recipe file called `name`: a path to a TOML file, or the name of a shipped recipe."""
+    if name.endswith(".toml") or "/" in name:
+        return Path(name)
+    path = shipped("pipelines") / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(p.stem for p in shipped_recipes())
+        raise UserError(f"no recipe called '{name}'", f"known: {known}; or give a path ending in .toml")
+    return path
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that a run stays whole wherever it is resumed from."""
+
+    def fixed(name: str) -> str:
+        return str(Path(name).resolve()) if not name.startswith("demo:") and Path(name).exists() else name
+
+    data = {name: fixed(value) for name, value in recipe.data.model_dump().items()}
+    changed: dict[str, Any] = {"model": Model(path=fixed(recipe.model.path)), "data": Data(**data)}
+    if recipe.train.reference_path:
+        path = fixed(recipe.train.reference_path)
+        changed["train"] = recipe.train.model_copy(update={"reference_path": path})
+    return recipe.model_copy(update=changed)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as TOML; `load` of it gives an equal recipe."""
+    return tomlkit.dumps(recipe.model_dump(exclude_none=True))
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """What changes between two recipes, as `train.beta 0.1 -> 0.2`, without `rounds` and `[machine]`."""
+    a, b = (_flat(r.model_dump(exclude={"rounds", "machine"})) for r in (old, new))
+    return [f"{key} {a.get(key)} -> {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def _set(table: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
+        raise UsageError(f"--set {setting}: expected KEY=VALUE", "for example --set train.optimizer.epochs=3")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string, so that a shell needs no nested quotes
+    try:
+        put(table, key.strip(), value)
+    except UserError as error:
+        raise UsageError(f"--set {setting}: {error.message}", error.hint) from None
