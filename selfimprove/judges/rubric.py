@@ -33,8 +33,8 @@ def rubric(
     """A model rates each answer: the mean of the `n` replies that can be read.
 
     `hundred`: 0 to 100 (DNPO's labelling, arXiv 2502.05400, section 3.1). `additive`: 0 to 5, one point for each of
-    five merits (self-rewarding, arXiv 2401.10020, section 2.2, which takes three replies at temperature 1). `demo`: 0 to
-    5, as short as the embedded default's model can read.
+    five merits (self-rewarding, arXiv 2401.10020, section 2.2, which takes three replies at temperature 1). `demo`: 0
+    to 5, as short as the embedded default's model can read.
 
     The same answer to a prompt is rated once: two ratings of it would make a preference out of nothing.
     """
