@@ -39,6 +39,7 @@ class Chat:
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"model {model} has no end token (eos_token)", _SAVE_TOKENIZER)
         self.stop_token_ids = _end_tokens(model, int(self.tokenizer.eos_token_id))
+        self._control = _control_strings(self.tokenizer)
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of one user turn up to where the assistant begins; exactly one BOS where the model has one."""
@@ -67,16 +68,53 @@ class Chat:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
     def _render(self, turns: list[Message], *, add_generation_prompt: bool) -> list[int]:
+        mark, masked = self._masked(turns)
         try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+            text: str = self.tokenizer.apply_chat_template(
+                masked, add_generation_prompt=add_generation_prompt, tokenize=False
             )
         except jinja2.TemplateError as error:
             raise UserError(f"the model's chat template fails: {error}", "mend chat_template of the model") from None
+        ids: list[int] = []
+        for k, piece in enumerate(text.split(mark) if mark else [text]):
+            for part in _halves(self._control[int(piece)]) if k % 2 else [piece]:
+                ids += self.tokenizer.encode(part, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         if bos is not None and bos != self.tokenizer.eos_token_id and ids.count(bos) > 1:
             raise UserError("the chat template adds a second BOS token", "remove one from the template or tokenizer")
         return ids
+
+    def _masked(self, turns: list[Message]) -> tuple[str, list[Message]]:
+        """Turns in which each control string is its number between two marks, and the mark; none where there is none.
+
+        What a user or a model has written is never read as the template's own control tokens.
+        """
+        pattern = "|".join(map(re.escape, self._control))
+        if not pattern or not any(re.search(pattern, turn["content"]) for turn in turns):
+            return "", turns
+        written = "".join(turn["content"] for turn in turns)
+        mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in written)  # private use
+        numbers = {string: str(i) for i, string in enumerate(self._control)}
+        masked = [
+            Message(
+                role=turn["role"], content=re.sub(pattern, lambda m: f"{mark}{numbers[m[0]]}{mark}", turn["content"])
+            )
+            for turn in turns
+        ]
+        return mark, masked
+
+
+def _control_strings(tokenizer: Any) -> list[str]:
+    """The strings that the tokenizer or its chat template take for control tokens, longest first."""
+    template = str(tokenizer.chat_template)
+    known = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+    found = [string for string, special in known.items() if len(string) > 1 and (special or string in template)]
+    return sorted(found, key=len, reverse=True)
+
+
+def _halves(control: str) -> list[str]:
+    """A control string in two parts, neither of which is one: encoded apart, they are ordinary tokens."""
+    return [control[:1], control[1:]]
 
 
 _SAVE_TOKENIZER = "save the tokenizer beside the weights: tokenizer.save_pretrained(DIRECTORY)"

@@ -171,13 +171,25 @@ class Acquire(Section):
     beta: float = Field(0.2, gt=0)  # of the implicit reward that certainty compares
 
 
+class Audit(Section):
+    """What is asked of the judge besides, in every round, to know how far it can be trusted."""
+
+    anchors: int = Field(32, ge=2)  # answers of the first round that every round judges again, and twice
+    second: Choice | None = None  # another judge of single answers ...
+    sample: int = Field(64, ge=2)  # ... on the answers to this many prompts
+
+
 class Label(Section):
     """Verdicts, and the rule that turns them into pairs."""
 
     acquire: Acquire | None = None  # unset = all prompts are labelled
     judge: Choice | None = None  # not for rules that look at no score, as SPIN's
     pairing: Choice
+    min_margin: float = Field(0.0, ge=0)  # smallest score gap of a pair
+    max_length_ratio: float | None = Field(None, gt=0)  # of chosen to rejected, in tokens
+    relabel: bool = False  # earlier pairs are scored again, turned where the scores say so, and join this iteration's
     quota: int | None = Field(None, ge=1)  # pairs kept per iteration
+    audit: Audit | None = None
 
 
 class Sync(Section):
@@ -350,6 +362,11 @@ class Server(Section):
     input_price: float = Field(0.0, ge=0)  # USD per million tokens
     output_price: float = Field(0.0, ge=0)
     ceiling_usd: float | None = Field(None, gt=0)  # of a stage; it stops there, to be resumed
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on."""
+        return {"url": self.url, "model": self.model, "structured_output": self.structured_output}
 
 
 class Machine(Section):

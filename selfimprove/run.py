@@ -20,6 +20,7 @@ from selfimprove.engine import Engines
 from selfimprove.engine.protocol import Engine
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
+from selfimprove.judges.panel import Task
 from selfimprove.models import is_hub_id, locate_model
 from selfimprove.plan import BASE, INITIAL, Sources, Step, examine, ingredients_of, steps, upstream
 from selfimprove.preflight import check
@@ -154,6 +155,9 @@ def execute(
     def engine() -> Engine:
         return engines.get(chosen.engine, chosen.machine, sources.path(INITIAL), run.path / "logs" / "engine.log")
 
+    def other(model: Path, task: Task) -> Any:
+        return engines.judge(chosen.engine, chosen.machine, model, run.path / "logs" / "judge.log", task)
+
     def progress(what: str, done: int, total: int) -> None:
         interrupts.check()
         display.progress(what, done, total)
@@ -176,6 +180,8 @@ def execute(
         scratch=run.path / "scratch" / key_of(ingredients)[:32],
         cache=run.path / "cache",
         open_engine=engine,
+        open_other=other,
+        servers={name: chosen.servers[name] for name in step.servers},
         progress=progress,
     )
     try:

@@ -16,7 +16,7 @@ from selfimprove.recipe import Choice
 
 __all__ = [
     "COMPARERS", "JUDGES", "Candidate", "Comparer", "Judge", "Opinion", "Panel", "Preference",
-    "bind", "bind_comparer", "candidate", "compares", "fixed", "identity", "models",
+    "bind", "bind_comparer", "candidate", "check", "compares", "fixed", "identity", "models",
 ]  # fmt: skip
 
 
@@ -54,7 +54,8 @@ def bind(choice: Choice) -> Judge:
         UserError: unknown name or parameter, or a judge that compares.
     """
     if compares(choice):
-        raise UserError(f"judge '{choice.name}' compares two answers, scores are needed here", _known_judges())
+        known = ", ".join(sorted(JUDGES))
+        raise UserError(f"judge '{choice.name}' compares two answers, and here each needs a score", f"known: {known}")
     bound: Judge = choice.bind("judge", {name: spec.function for name, spec in JUDGES.items()})
     for member in members(choice):
         bind(member)
@@ -68,6 +69,18 @@ def bind_comparer(choice: Choice) -> Comparer:
         UserError: unknown name or parameter.
     """
     return choice.bind("judge", COMPARERS)
+
+
+def check(choice: Choice) -> None:
+    """Whether a recipe's judge, of either kind, is one.
+
+    Raises:
+        UserError: unknown name or parameter.
+    """
+    if compares(choice):
+        bind_comparer(choice)
+    else:
+        bind(choice)
 
 
 def members(choice: Choice) -> list[Choice]:
@@ -100,7 +113,3 @@ def identity(choice: Choice | None) -> str:
     given: Mapping[str, Any] = choice.model_extra or {}
     told = ", ".join(f"{name}={value}" for name, value in sorted(given.items()))
     return f"{choice.name}({told})" if told else choice.name
-
-
-def _known_judges() -> str:
-    return f"judges of single answers: {', '.join(sorted(JUDGES))}"
