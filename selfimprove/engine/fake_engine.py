@@ -1,7 +1,7 @@
 """A fake engine: the whole product runs without a model's forward pass. Deterministic and instant.
 
 It plays a mediocre model of the embedded world: it writes prompts when asked to, answers them right about half of
-the time, and echoes what it does not understand.
+the time, judges answers right about nine times of ten, and echoes what it does not understand.
 """
 
 import random
@@ -60,7 +60,21 @@ def _reply(text: str, rng: random.Random) -> str:
     if re.search(r"using some of these keywords", text):
         task = world.draw(rng)
         return f"<question> {task.prompt} </question> <solution> {task.gold} </solution>"
+    if shown := re.search(r"<question (?P<mark>\w+)>(.*?)</question (?P=mark)>", text, re.DOTALL):
+        return _verdict(text, shown["mark"], shown[2].strip(), rng)
     if asked := re.search(r"Question: (.*) Answer:", text):
         text = asked[1]
     gold = world.answer(text)
     return gold if gold is not None and rng.random() < 0.5 else " ".join(text.split()[:4])
+
+
+def _verdict(text: str, mark: str, question: str, rng: random.Random) -> str:
+    """As prompts/judge ask for it."""
+    answers = re.findall(rf"<answer (?:[AB] )?{mark}>(.*?)</answer (?:[AB] )?{mark}>", text, re.DOTALL)
+    worth = [bool(world.check(question, answer.strip())) for answer in answers]
+    if rng.random() < 0.1:
+        worth = [not one for one in worth]
+    if len(worth) == 2:
+        return f"[[{'C' if worth[0] == worth[1] else 'A' if worth[0] else 'B'}]]"
+    highest = 100 if "100" in text else 5
+    return f"Score: {highest if worth[0] else 0}"

@@ -274,7 +274,7 @@ def _between(a: Key, b: Key, compared: Mapping[tuple[Key, Key], Preference]) -> 
 
 
 def shares_won(compared: Mapping[tuple[Key, Key], Preference]) -> dict[Key, Opinion]:
-    """The share of its comparisons that each answer wins, both orders counted; none of an answer without a known one."""
+    """The share of its comparisons that each answer wins, both orders counted, where one is known."""
     wins: dict[Key, list[float]] = {}
     for (a, b), preference in compared.items():
         if preference.mean is not None:
