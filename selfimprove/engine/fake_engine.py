@@ -1,7 +1,7 @@
 """A fake engine: the whole product runs without a model's forward pass. Deterministic and instant.
 
 It plays a mediocre model of the embedded world: it writes prompts when asked to, answers them right about half of
-the time, judges answers right about nine times of ten, and echoes what it does not understand.
+the time, judges answers right three times of four, and echoes what it does not understand.
 """
 
 import random
@@ -72,9 +72,9 @@ def _verdict(text: str, mark: str, question: str, rng: random.Random) -> str:
     """As prompts/judge ask for it."""
     answers = re.findall(rf"<answer (?:[AB] )?{mark}>(.*?)</answer (?:[AB] )?{mark}>", text, re.DOTALL)
     worth = [bool(world.check(question, answer.strip())) for answer in answers]
-    if rng.random() < 0.1:
+    if rng.random() < 0.25:
         worth = [not one for one in worth]
     if len(worth) == 2:
         return f"[[{'C' if worth[0] == worth[1] else 'A' if worth[0] else 'B'}]]"
-    highest = 100 if "100" in text else 5
+    highest = 100 if "to 100" in text else 5
     return f"Score: {highest if worth[0] else 0}"

@@ -140,16 +140,20 @@ class Host:
 
     def _outputs(self, prompts: list[list[int]], parameters: list[Any]) -> Iterator[tuple[int, Any]]:
         """VLLM's outputs as requests finish, each with the number of its prompt."""
-        ids = self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
-        numbers = {request_id: number for number, request_id in enumerate(ids)}
+        from vllm.sampling_params import RequestOutputKind
+
         engine = self.llm.llm_engine
+        names = [str(number) for number in range(len(prompts))]
         try:
+            for name, ids, one in zip(names, prompts, parameters, strict=True):
+                one.output_kind = RequestOutputKind.FINAL_ONLY
+                engine.add_request(name, {"prompt_token_ids": ids}, one)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
-                        yield numbers[output.request_id], output
+                        yield int(output.request_id), output
         except BaseException:
-            engine.abort_request(ids)  # what is left would mix with the next call's
+            engine.abort_request(names)  # what is left would mix with the next call's
             raise
 
 

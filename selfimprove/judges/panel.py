@@ -18,6 +18,7 @@ from selfimprove.judges.protocol import Opinion, Question, Replies
 from selfimprove.judges.scorers import TOO_LONG
 
 SERVER = "server:"
+RUN = frozenset({"current", "initial"})  # policies of the run, of one shape
 NOT_UNICODE = "not valid unicode"
 Task = Literal["generate", "reward", "compare"]
 
@@ -148,9 +149,6 @@ class Models:
     @cached_property
     def _chats(self) -> dict[str, Chat]:
         return {}
-
-
-RUN = frozenset({"current", "initial"})  # policies of the run, of one shape
 
 
 def is_unicode(text: str) -> bool:
