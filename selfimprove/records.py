@@ -108,6 +108,21 @@ class Flip:
 
 
 @dataclass(frozen=True, slots=True)
+class Anchor:
+    """An answer of the first round that every round judges again, with its score of then."""
+
+    prompt_id: str
+    prompt: str
+    source: str
+    sample: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    answer: str | None
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One scored answer to a held-out prompt; `mode` is "greedy" or "sampled"."""
 

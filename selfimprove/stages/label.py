@@ -15,6 +15,7 @@ from selfimprove.judges.panel import SERVER
 from selfimprove.records import Comparison, Flip, Generation, Pair, Seed, Verdict
 from selfimprove.stages.acquire import acquired
 from selfimprove.stages.io import StageIO
+from selfimprove.stages.judge_audit import write_audit
 from selfimprove.store import read_rows
 
 VERSION = 3
@@ -84,6 +85,7 @@ def run(io: StageIO, section: recipe.Label) -> None:
         worth = acquired(io, section.acquire)
         candidates = [c for c in candidates if c.prompt_id in worth]
     found = _findings(io, section.judge, candidates)
+    write_audit(io, section, candidates, found.opinions, found.preferences)
     pairs = _pairs(io, section, rule, candidates, found, prompt_ids)
     flips = [_flip(pair) for pair in pairs if section.pairing.name == "dynamic" and pair.chosen_source == "current"]
     if section.relabel:
