@@ -213,7 +213,7 @@ def _parsed(file: TextIO, path: Path) -> Iterator[Line]:
         try:
             yield number, _object(json.loads(line), where)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {error}", AS_JSON) from None
+            raise UserError(f"{where}: not JSON: {_why(error)}", AS_JSON) from None
 
 
 def _array(text: str, number: int, path: Path) -> Iterator[Line]:
@@ -232,8 +232,13 @@ def _array(text: str, number: int, path: Path) -> Iterator[Line]:
         try:
             row, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {error}", AS_JSON) from None
+            line = number + text.count("\n", at, getattr(error, "pos", at))
+            raise UserError(f"{path}, line {line}: not JSON: {_why(error)}", AS_JSON) from None
         yield number, _object(row, where)
+
+
+def _why(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _object(row: Any, where: str) -> Mapping[str, Any]:

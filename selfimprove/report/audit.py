@@ -11,6 +11,11 @@ from selfimprove.auditing import Audited, Group
 from selfimprove.judges.audit import CLASSES, UNREADABLE, Agreement, PairAudit, Rate
 from selfimprove.judges.audit_scores import ScoreAudit
 
+LEGEND = (
+    "right, swap: as people say, in either order; both: in both; kappa: with people; same: both orders agree; "
+    "1st: for the answer shown first; long: for the longer one; unread: verdicts not readable"
+)
+
 
 def show(found: Audited, console: Console) -> None:
     """Everything about one judge."""
@@ -26,7 +31,7 @@ def show(found: Audited, console: Console) -> None:
 
 def groups_table(groups: Sequence[Group]) -> Table:
     """One row a group of recorded verdicts: shares of pairs; their intervals are in the JSON."""
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE, padding=0, caption=LEGEND, caption_justify="left")
     table.add_column("subset/judge/strategy", overflow="fold")
     for heading in ("n", "right", "swap", "both", "kappa", "same", "1st", "long", "tie", "unread"):
         table.add_column(heading, justify="right", no_wrap=True)
