@@ -1,17 +1,24 @@
 """A judge held against pairs that people have labelled: asked now, or from its recorded verdicts."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from selfimprove import judges
+from selfimprove.chat import Chat
+from selfimprove.engine import Engines
 from selfimprove.errors import UserError
 from selfimprove.judges import Candidate, Opinion, Panel, audit, audit_scores
 from selfimprove.judges.audit import PairAudit, Row
 from selfimprove.judges.audit_scores import ScoreAudit, Scored
 from selfimprove.judges.labelled import LabelledPair, RecordedVerdict
+from selfimprove.judges.panel import RUN, SERVER, Models
+from selfimprove.models import locate_model
 from selfimprove.recipe import Choice, Recipe
+from selfimprove.store import model_identity, row_seed
 
 READS_TOKENS = frozenset({"length", "logps"})  # judges that look at an answer's token ids
 Encode = Callable[[str], list[int]]  # an answer's token ids under the policy
@@ -42,9 +49,32 @@ class Recorded(NamedTuple):
     left_out: list[str]
 
 
-def open_panel(recipe: Recipe) -> AbstractContextManager[tuple[Panel, Encode]]:
-    """The models that the recipe's label judge asks, and its policy's tokenizer."""
-    raise NotImplementedError
+@contextmanager
+def open_panel(recipe: Recipe, progress: Callable[[str, int, int], None]) -> Iterator[tuple[Panel, Encode]]:
+    """The models that the recipe's label judge asks, and its policy's tokenizer.
+
+    "current" and "initial" are both the recipe's model. Replies of local models are kept in a folder that goes with
+    the call, those of servers in `runs/audit`, so that an audit that is run again pays for nothing twice.
+    """
+    model = locate_model(recipe.model.path)
+    names = [name for name in judges.models(label_judge(recipe)) if not name.startswith(SERVER)]
+    paths = {name: model if name in RUN else locate_model(name) for name in [*names, "current"]}
+    with TemporaryDirectory() as folder, Engines(Path(folder) / "engine.log") as engines:
+        panel = Models(
+            seed=lambda row: row_seed(recipe.seed, 0, "audit", row),
+            engine_section=recipe.engine,
+            servers=recipe.servers,
+            paths=paths,
+            identities={name: model_identity(path) for name, path in paths.items()},
+            open_engine=lambda: engines.get(recipe.engine, recipe.machine, model, Path(folder) / "engine.log"),
+            open_other=lambda path, task: engines.judge(
+                recipe.engine, recipe.machine, path, Path(folder) / "judge.log", task
+            ),
+            scratch=Path(folder),
+            cache=Path("runs") / "audit",
+            progress=progress,
+        )
+        yield panel, Chat(model).tokenizer.encode
 
 
 def label_judge(recipe: Recipe) -> Choice:

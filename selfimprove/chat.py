@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 
 from selfimprove.errors import UserError
@@ -138,13 +139,28 @@ def template_path(name: str) -> Path:
 
 
 @cache
-def _template(name: str) -> jinja2.Template:
-    return TEMPLATES.from_string(template_path(name).read_text(encoding="utf-8").strip())
+def _template(name: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """A shipped template and the variables that it uses."""
+    source = template_path(name).read_text(encoding="utf-8").strip()
+    try:
+        used = jinja2.meta.find_undeclared_variables(TEMPLATES.parse(source))
+        return TEMPLATES.from_string(source), frozenset(used)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"prompts/{name}.jinja, line {error.lineno}: {error.message}", "mend the template") from None
 
 
 def render(name: str, values: Mapping[str, Any]) -> str:
-    """A prompt template filled in; a missing variable is an error."""
-    return _template(name).render(**values)
+    """A prompt template filled in.
+
+    Raises:
+        UserError: the template does not use exactly these variables, or is no template.
+    """
+    template, used = _template(name)
+    if used != values.keys():
+        unknown, unused = sorted(used - values.keys()), sorted(values.keys() - used)
+        wrong = f"uses {unknown[0]}, which is not given" if unknown else f"does not use {unused[0]}"
+        raise UserError(f"prompts/{name}.jinja {wrong}", f"its variables are {', '.join(sorted(values))}")
+    return template.render(**values)
 
 
 def tagged(text: str, tag: str) -> str | None:

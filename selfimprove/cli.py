@@ -334,20 +334,22 @@ def audit(
 def _audit_live(name: str, data: Path, limit: int | None, as_json: bool) -> None:
     import itertools
 
+    from rich.console import Console
+
     from selfimprove import auditing, recipe_file
     from selfimprove.judges import labelled
     from selfimprove.judges.audit import plain
+    from selfimprove.report import terminal
 
     chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(name)))
     judge = auditing.label_judge(chosen)
     pairs = list(itertools.islice(labelled.read_pairs(data), limit))
-    with auditing.open_panel(chosen) as (panel, encode):
+    with terminal.Watcher(Console(stderr=True)) as watcher, auditing.open_panel(chosen, watcher.progress) as asked:
+        panel, encode = asked
         found = auditing.audit_pairs(pairs, judge, panel, encode)
     if as_json:
         _json(plain(found))
         return
-    from rich.console import Console
-
     from selfimprove.report import audit as report
 
     report.show(found, Console())

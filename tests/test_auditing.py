@@ -194,7 +194,9 @@ def my_pairs(in_tmp, monkeypatch):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     panel = Panel(rates)
     monkeypatch.setattr(
-        auditing, "open_panel", lambda recipe: contextlib.nullcontext((panel, lambda text: list(text.encode())))
+        auditing,
+        "open_panel",
+        lambda recipe, progress: contextlib.nullcontext((panel, lambda text: list(text.encode()))),
     )
     monkeypatch.setattr(auditing, "label_judge", lambda recipe: Choice(name="rubric"))
     return panel

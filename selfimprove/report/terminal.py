@@ -22,6 +22,7 @@ class Watcher:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.score = ""
+        self._where = ""
         self._begun = 0.0
         self._said: dict[str, float] = {}
         self._tasks: dict[str, Any] = {}
@@ -56,20 +57,22 @@ class Watcher:
             self._tasks[""] = self._bars.add_task(f"{self._where} starting", total=None, rate="", score=self.score)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """See run.Display."""
+        """See run.Display; what stands in parentheses, as a cost, changes on the way."""
         now = time.monotonic()
+        shown, what = what, what.partition(" (")[0]
         first = self._said.setdefault(what, now)
         rate = f"{done / (now - first):.0f}/s" if now - first > 0.5 else ""
         if self.console.is_terminal:
             if "" in self._tasks:
                 self._bars.remove_task(self._tasks.pop(""))
             if what not in self._tasks:
-                self._tasks[what] = self._bars.add_task(f"{self._where} {what}", total=total, rate="", score="")
-            self._bars.update(self._tasks[what], completed=done, rate=rate, score=self.score)
+                self._tasks[what] = self._bars.add_task("", total=total, rate="", score="")
+            text = f"{self._where} {shown}".strip()
+            self._bars.update(self._tasks[what], description=text, completed=done, rate=rate, score=self.score)
         elif now - self._said.get(f"line {what}", first) > 10 and done < total:
             self._said[f"line {what}"] = now
             left = (now - first) * (total - done) / max(1, done)
-            line = f"  {self._where} {what}: {done}/{total} {rate}, {left:.0f} s left"
+            line = f"  {self._where} {shown}: {done}/{total} {rate}, {left:.0f} s left"
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def stopping(self) -> None:

@@ -72,36 +72,30 @@ def judge_and_engine(rows: list[Candidate], repeats: int) -> None:
             )
             chat, _ = panel._chat("current")
 
-            def judged(panel: Models = panel) -> None:
-                opinions = rubric(rows, panel, template="demo", n=3, temperature=1.0, max_tokens=16)
-                assert len(opinions) == len(rows)
-
-            def raw(repeat: int = repeat, chat=chat) -> None:
-                asked = [
-                    Request(
-                        chat.prompt_ids(render("judge/demo", {"question": c.prompt, "answer": c.text})),
-                        3,
-                        row_seed(1000 + repeat, 1, "label", c.name),
-                    )
-                    for c in rows
-                ]
+            asked = [
+                Request(
+                    chat.prompt_ids(render("judge/demo", {"question": c.prompt, "answer": c.text})),
+                    3,
+                    row_seed(1000 + repeat, 1, "label", c.name),
+                )
+                for c in rows
+            ]
+            sampling = Sampling(1.0, 1.0, 16, chat.stop_token_ids)
+            took: dict[str, float] = {}
+            for side in ("rubric", "engine") if repeat % 2 else ("engine", "rubric"):
                 began = time.perf_counter()
-                engine.generate(asked, Sampling(1.0, 1.0, 16, chat.stop_token_ids), lambda number, completions: None)
-                seconds.append(time.perf_counter() - began)
-
-            seconds: list[float] = []
-            for turn in ("judge", "raw") if repeat % 2 else ("raw", "judge"):
-                if turn == "raw":
-                    raw()
+                if side == "engine":
+                    engine.generate(asked, sampling, lambda number, completions: None)
                 else:
-                    began = time.perf_counter()
-                    judged()
-                    took = time.perf_counter() - began
+                    rubric(rows, panel, template="demo", n=3, temperature=1.0, max_tokens=16)
+                took[side] = time.perf_counter() - began
             if repeat >= 0:
-                ratios.append(took / seconds[0])
-                print(f"  rubric {took:.2f} s, engine {seconds[0]:.2f} s for {len(rows)} rows of 3 replies")
+                ratios.append(took["engine"] / took["rubric"])
+                print(
+                    f"  rubric {took['rubric']:.2f} s, engine {took['engine']:.2f} s for {len(rows)} rows of 3 replies"
+                )
         engine.close()
-    print(f"rubric / raw engine: {spread(ratios)} of its time")
+    print(f"throughput, rubric / raw engine: {spread(ratios)}")
 
 
 if __name__ == "__main__":
