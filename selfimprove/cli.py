@@ -298,7 +298,7 @@ def report(
 @app.command()
 def audit(
     recipe: Annotated[
-        Optional[str], typer.Argument(metavar="[RECIPE]", help="Its label judge is asked now; not with --verdicts.")
+        Optional[str], typer.Argument(metavar="RECIPE", help="Its label judge is asked now; not with --verdicts.")
     ] = None,
     data: Annotated[
         Optional[list[Path]],

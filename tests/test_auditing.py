@@ -224,3 +224,12 @@ def test_the_command_reads_recorded_verdicts():
     assert told.out.count("Natural/") == 3
     assert max(map(len, told.out.splitlines())) <= 80
     assert told.err == "left out, no --data given: Neighbor, GPTInst, GPTOut, Manual\n"
+
+
+def test_names_from_a_file_are_no_markup(in_tmp):
+    (in_tmp / "s.jsonl").write_text(json.dumps({"prompt": "p", "answer_a": "a", "answer_b": "b", "label": "a"}))
+    row = {"subset": "s", "judge": "[/x]", "strategy": "[red]", "index": 0, "label": "1"}
+    (in_tmp / "v.jsonl").write_text(json.dumps(row | {"fwd_winner": "1", "swp_winner": "1"}))
+    told = selfimprove("audit", "--data", "s.jsonl", "--verdicts", "v.jsonl")
+    assert told.code == 0, told.err
+    assert "s/[/x]/[red]" in told.out

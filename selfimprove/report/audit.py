@@ -6,6 +6,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from selfimprove.auditing import Audited, Group
 from selfimprove.judges.audit import CLASSES, UNREADABLE, Agreement, PairAudit, Rate
@@ -38,7 +39,9 @@ def groups_table(groups: Sequence[Group]) -> Table:
     for group in groups:
         pairs = group.pairs
         table.add_row(
-            "/".join(filter(None, (group.subset, group.judge, group.strategy))),
+            Text(
+                "/".join(filter(None, (group.subset, group.judge, group.strategy)))
+            ),  # names from a file are no markup
             str(pairs.n),
             _value(pairs.forward and pairs.forward.accuracy),
             _value(pairs.swapped and pairs.swapped.accuracy),
@@ -120,7 +123,7 @@ def _scores_table(scores: ScoreAudit) -> Table:
 
 
 def _figures(title: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
+    table = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("95 %", no_wrap=True)

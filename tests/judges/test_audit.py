@@ -31,7 +31,7 @@ rows = st.builds(
 @needs_data
 class TestPublishedFigures:
     def test_every_cell_of_llmbar(self):
-        """120 official counts and derived figures: 5 subsets x 3 judges x 4 strategies."""
+        """60 cells (5 subsets x 3 judges x 4 strategies), in each 5 official counts and 7 figures derived from them."""
         expected = json.loads((DATA / "llmbar/public/expected_statistics.json").read_text())
         pairs = auditing.by_subset([list(labelled.read_pairs(DATA / f"llmbar/dataset/{s}.json")) for s in SUBSETS])
         verdicts = labelled.read_verdicts(DATA / "llmbar/public/verdicts.jsonl.gz")
