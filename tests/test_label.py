@@ -8,6 +8,7 @@ import pytest
 
 from selfimprove import records, store
 from selfimprove.data import read_seeds
+from selfimprove.engine import fake_engine
 from tests.conftest import QUICK, selfimprove
 
 PAIRWISE = "label.judge={name='pairwise', max_tokens=32}"
@@ -144,3 +145,61 @@ def test_what_cannot_work_is_refused(settings, says, in_tmp):
     assert result.code in (1, 2)
     assert says in result.err
     assert "hint:" in result.err
+
+
+class TestAudit:
+    RUBRIC = ("label.judge={name='rubric', max_tokens=32}", "engine.max_model_len=1024", "generate.n=3")
+
+    def audited(self, run, iteration):
+        return json.loads((stage(run, iteration) / "audit.json").read_text())
+
+    def test_the_same_anchors_are_judged_in_every_round_and_a_second_judge_on_a_sample(self, cut_data):
+        second = "second={name='verifier', checker='demo_world'}"
+        run = ran(*self.RUBRIC, f"label.audit={{anchors=20, {second}, sample=10}}", rounds=2)
+        first, later = self.audited(run, 1), self.audited(run, 2)
+        anchors = rows(run, 1, "anchors", records.Anchor)
+        assert len(anchors) == 20
+        assert not rows(run, 2, "anchors", records.Anchor)
+        assert first["drift"]["rise"] == 0
+        known = [a.score for a in anchors if a.score is not None]
+        assert later["drift"]["before"] == pytest.approx(sum(known) / len(known))
+        assert later["drift"]["n"] == len(known)
+        assert later["drift"]["alarm"] is False
+        assert 0.1 < later["again"]["differ"]["value"] < 0.7  # it errs one time in four: 2 * .25 * .75 differ
+        assert first["second"]["judge"] == "verifier(checker=demo_world)"
+        assert first["second"]["n"] == 40  # ten prompts, three samples and the gold
+        assert 0 < first["second"]["spearman"] < 1
+        scores = [v.score for v in rows(run, 1, "verdicts", records.Verdict) if v.score is not None]
+        assert first["scores"]["mean"] == pytest.approx(sum(scores) / len(scores))
+        assert "judge alarm" not in manifest(run, 2)["metrics"]
+
+    def test_a_judge_that_grows_lenient_raises_the_alarm(self, cut_data, monkeypatch):
+        judged = fake_engine._verdict
+        trained = Path("runs/run/iter-001/3-train")
+        monkeypatch.setattr(
+            fake_engine,
+            "_verdict",
+            lambda *given: "Score: 100" if trained.exists() and given[-1].random() < 0.8 else judged(*given),
+        )
+        run = ran(*self.RUBRIC, "label.audit={anchors=40}", rounds=2)
+        assert trained.exists()
+        drift = self.audited(run, 2)["drift"]
+        assert drift["alarm"]
+        assert drift["after"] > drift["before"]
+        assert "grown lenient" in manifest(run, 2)["metrics"]["judge alarm"]
+
+    def test_a_judge_that_compares_is_audited_by_its_orders(self, cut_data):
+        run = ran(PAIRWISE, "engine.max_model_len=1024", "generate.n=3")
+        told = self.audited(run, 1)["pairs"]
+        compared = rows(run, 1, "comparisons", records.Comparison)
+        assert told["n"] == len(compared)
+        flipped = sum(abs(one.forward - one.swapped) == 1 for one in compared)
+        ties = [(one.forward == 0.5) + (one.swapped == 0.5) for one in compared]
+        assert told["flipped"]["value"] * len(compared) == pytest.approx(
+            flipped + sum(count == 1 for count in ties), abs=1e-6
+        )
+        assert told["ties"]["value"] == pytest.approx(sum(ties) / (2 * len(compared)))
+
+    def test_without_a_judge_there_is_nothing_to_audit(self, cut_data):
+        run = ran(recipe="spin")
+        assert not (stage(run, 1) / "audit.json").exists()
