@@ -54,7 +54,7 @@ def check_ranker(model: Path) -> None:
     """Refuse what is not of the form of PairRM-hf (see ranker.py).
 
     Raises:
-        UserError: another architecture, a missing prefix id, or no safetensors.
+        UserError: another architecture, a missing prefix id, no tokenizer.json, or no safetensors.
     """
     config = _config(model)
     if _architecture(config) != "DebertaV2PairRM":
@@ -64,6 +64,8 @@ def check_ranker(model: Path) -> None:
         raise UserError(f"the config of ranker {model} has no {missing[0]}", _PAIRRM)
     if config.get("position_biased_input", True):
         raise UserError(f"ranker {model} has absolute positions (position_biased_input)", _PAIRRM)
+    if not (model / "tokenizer.json").is_file():
+        raise UserError(f"ranker {model} has no tokenizer.json", _PAIRRM)
     check_weights(model)
 
 

@@ -61,7 +61,8 @@ class PairRanker:
 
     def __init__(self, model: Path, dtype: str) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+        # AutoTokenizer of transformers 5 builds DeBERTa's anew, without the normalizer that its tokenizer.json names
+        self.tokenizer: Any = transformers.PreTrainedTokenizerFast.from_pretrained(model)
         config = transformers.AutoConfig.from_pretrained(model)
         self.prefixes = [getattr(config, name) for name in PREFIXES]
         known = [self.tokenizer.convert_tokens_to_ids(token) for token in TOKENS]
@@ -130,16 +131,23 @@ class PairRanker:
 
     def _plain(self, k: int, text: str) -> list[int]:
         """Token ids of a text behind its prefix; what looks like a control token in it is spelled out."""
-        given = TOKENS[k] + text
-        encoded = self.tokenizer(given, add_special_tokens=False, return_offsets_mapping=True)
+        given, encoded = self._tokens(TOKENS[k] + text)
+        if encoded[0][0] == self.prefixes[k]:
+            del encoded[0]
+        else:  # a combining character has joined the prefix's last letter
+            given, encoded = self._tokens(text)
         ids: list[int] = []
-        for token, (start, end) in list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))[1:]:
+        for token, (start, end) in encoded:
             if token in self._reserved:
                 for letter in given[start:end]:
                     ids += self.tokenizer.encode(letter, add_special_tokens=False)
             else:
                 ids.append(token)
         return ids
+
+    def _tokens(self, text: str) -> tuple[str, list[tuple[int, tuple[int, int]]]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return text, list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
 
 def _load(encoder: Encoder, model: Path) -> Encoder:
