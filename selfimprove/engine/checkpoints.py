@@ -34,7 +34,8 @@ def check_reward_model(model: Path) -> None:
     """Refuse what is no sequence classifier of one label that transformers itself knows.
 
     Raises:
-        UserError: another architecture, a model with code of its own, several labels, or no safetensors.
+        UserError: another architecture, a model with code of its own, several labels, no safetensors, or a head without
+            weights.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN
 
@@ -48,6 +49,11 @@ def check_reward_model(model: Path) -> None:
     if labels != 1:
         raise UserError(f"reward model {model} has {labels} labels, a reward is one number", _FITTING)
     check_weights(model)
+    if missing := _head_weights(model) - _weight_names(model):  # vLLM would serve what the memory happened to hold
+        raise UserError(
+            f"reward model {model} has no weights for {min(missing)}",
+            "save it with save_pretrained after it was trained",
+        )
 
 
 def check_ranker(model: Path) -> None:
@@ -72,6 +78,28 @@ def check_ranker(model: Path) -> None:
 PREFIXES = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")
 _FITTING = "name a model whose architecture ends in ForSequenceClassification, num_labels = 1"
 _PAIRRM = "name a directory of the form of llm-blender/PairRM-hf"
+
+
+def _head_weights(model: Path) -> set[str]:
+    """The names of a classifier's weights that are not its body's."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):  # names without memory
+        empty = transformers.AutoModelForSequenceClassification.from_config(
+            transformers.AutoConfig.from_pretrained(model)
+        )
+    return {name for name in empty.state_dict() if not name.startswith(f"{empty.base_model_prefix}.")}
+
+
+def _weight_names(model: Path) -> set[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names |= set(weights.keys())
+    return names
 
 
 def _architecture(config: dict[str, Any]) -> str:

@@ -266,8 +266,9 @@ def test_a_head_without_weights_is_refused_and_not_drawn_at_random(tmp_path):
     weights = load_file(directory / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"no weights for score\.weight"):
-        TransformersScorer(directory, OPTIONS)
+    for opened in (lambda: TransformersScorer(directory, OPTIONS), lambda: checkpoints.check_reward_model(directory)):
+        with pytest.raises(UserError, match=r"no weights for score\.weight"):
+            opened()
 
 
 # the pool
