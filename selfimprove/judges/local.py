@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from selfimprove.chat import Chat
+from selfimprove.chat import Chat, is_unicode
 from selfimprove.engine.protocol import Comparison, Ranker, Scorer
 
 
@@ -23,7 +23,7 @@ def rewards(
     tail = _tail(chat)
     numbers, sequences = [], []
     for i, (prompt, answer) in enumerate(rows):
-        if _is_unicode(prompt) and _is_unicode(answer):
+        if is_unicode(prompt) and is_unicode(answer):
             ids = [*chat.prompt_ids(prompt), *chat.completion_ids(prompt, answer), *tail]
             if len(ids) <= limit:
                 numbers.append(i)
@@ -52,7 +52,7 @@ def compare(
     None where a text is no valid unicode, and for a logit that is not finite. A ranker cuts what is too long, as it was
     trained to: the number of such rows is for the caller to show.
     """
-    numbers = [i for i, row in enumerate(rows) if all(map(_is_unicode, row))]
+    numbers = [i for i, row in enumerate(rows) if all(map(is_unicode, row))]
     compared = ranker.compare([rows[i] for i in numbers], lambda k, one: finished(numbers[k], one))
     found: list[float | None] = [None] * len(rows)
     for i, one in zip(numbers, compared, strict=True):
@@ -74,11 +74,3 @@ def _tail(chat: Chat) -> list[int]:
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
