@@ -82,15 +82,12 @@ def judged(chosen: Recipe) -> None:
     """
     section, known = chosen.label, chosen.servers
     asked = label.servers(section)
-    for choice in filter(None, (section.judge, section.audit and section.audit.second)):
-        for one in [choice, *judges.members(choice)]:
-            for name in [] if one.name == "ensemble" else judges.models(one):
-                if name not in RUN and not name.startswith(SERVER):
-                    CHECKS.get(one.name, checkpoints.check_weights)(locate_model(name))
-                elif one.name in CHECKS:
-                    raise UserError(
-                        f"judge '{one.name}' needs a model of its kind, not '{name}'", "a directory or hub id"
-                    )
+    for one in label.all_judges(section):
+        for name in [] if judges.members(one) else judges.models(one):
+            if name not in RUN and not name.startswith(SERVER):
+                CHECKS.get(one.name, checkpoints.check_weights)(locate_model(name))
+            elif one.name in CHECKS:
+                raise UserError(f"judge '{one.name}' needs a model of its kind, not '{name}'", "a directory or hub id")
     for name in asked:
         if name not in known:
             raise UserError(

@@ -59,6 +59,12 @@ def check(section: recipe.Label) -> Rule:
     return rule
 
 
+def all_judges(section: recipe.Label) -> list[recipe.Choice]:
+    """The judge, the members of an ensemble, and the audit's second judge."""
+    named = [section.judge, section.audit.second if section.audit else None]
+    return [one for choice in named if choice for one in (choice, *judges.members(choice))]
+
+
 def models(section: recipe.Label) -> list[str]:
     """The local models that labelling asks: policies of the run by name, others by directory or hub id."""
     return [name for name in _asked(section) if not name.startswith(SERVER)]
@@ -70,8 +76,7 @@ def servers(section: recipe.Label) -> list[str]:
 
 
 def _asked(section: recipe.Label) -> list[str]:
-    choices = [section.judge, section.audit and section.audit.second]
-    asked = [name for choice in choices if choice for name in judges.models(choice)]
+    asked = [name for choice in all_judges(section) for name in judges.models(choice)]
     if section.acquire and section.acquire.by == "certainty":
         asked.append("initial")
     return list(dict.fromkeys(asked))
