@@ -295,6 +295,33 @@ class Evaluate(Section):
     max_tokens: int = Field(64, ge=1)
 
 
+Metric = Literal["greedy", "sampled"]
+
+
+class Limits(Section):
+    """What a healthy round keeps within, beside the best one so far; unset = not looked at."""
+
+    max_truncated_share: float | None = Field(0.1, ge=0, le=1)  # of the sampled held-out answers
+    max_length_ratio: float | None = Field(2.0, gt=0)  # mean tokens of them, against the base model's
+    min_diversity_ratio: float | None = Field(0.5, gt=0, le=1)  # distinct word bigrams of them, against the base's
+
+
+class Gate(Section):
+    """After each round: promote its policy, keep it without a promotion, or roll back to the best one so far.
+
+    The gate looks at data.selection alone; what is reported is data.heldout, which it never sees.
+    """
+
+    metric: Metric = "sampled"
+    level: float = Field(0.05, gt=0, lt=0.5)  # chance that a run without any gain promotes anything, all rounds together
+    min_gain: float = Field(0.0, ge=0)  # promote where the gain's lower bound is above it
+    guards: list[Metric] = ["greedy"]  # none of them may be surely worse ...
+    max_drop: float = Field(0.0, ge=0)  # ... by more than this
+    limits: Limits = Limits()
+    roll_back: bool = True  # off = what is worse goes on all the same
+    patience: int | None = Field(None, ge=1)  # rounds without a promotion after which the run stops
+
+
 class Sft(Section):
     """Supervised fine-tuning on the seeds before the first round; the result is the run's initial model."""
 
