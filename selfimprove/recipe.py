@@ -313,7 +313,7 @@ class Gate(Section):
     """
 
     metric: Metric = "sampled"
-    level: float = Field(0.05, gt=0, lt=0.5)  # chance that a run without any gain promotes anything, all rounds together
+    level: float = Field(0.05, gt=0, lt=0.5)  # chance that a run without gain promotes any round
     min_gain: float = Field(0.0, ge=0)  # promote where the gain's lower bound is above it
     guards: list[Metric] = ["greedy"]  # none of them may be surely worse ...
     max_drop: float = Field(0.0, ge=0)  # ... by more than this
