@@ -343,13 +343,19 @@ class Server(Section):
     api_key_env: str | None = None  # the environment variable that holds the key; unset = none is sent
     structured_output: bool = False  # the server shapes replies by a JSON schema
     # how to ask, in no key:
-    concurrency: int = Field(16, ge=1)
+    concurrency: int = Field(16, ge=1, le=1000)
     requests_per_minute: int | None = Field(None, ge=1)
     timeout_seconds: float = Field(120.0, gt=0)  # of one attempt
     attempts: int = Field(6, ge=1)
     input_price: float = Field(0.0, ge=0)  # USD per million tokens
     output_price: float = Field(0.0, ge=0)
     ceiling_usd: float | None = Field(None, gt=0)  # of a stage; it stops there, to be resumed
+
+    @pydantic.model_validator(mode="after")
+    def _ceiling_has_prices(self) -> Self:
+        if self.ceiling_usd is not None and not (self.input_price or self.output_price):
+            raise ValueError("ceiling_usd needs input_price and output_price")
+        return self
 
 
 class Machine(Section):
