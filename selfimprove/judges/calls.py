@@ -83,6 +83,7 @@ class Line:
             Stopped: `stop` was set.
             UserError: no attempt was left, or the ceiling is reached.
         """
+        last = ""
         for attempt in range(1, self._server.attempts + 1):
             await self._pause(self._pace.seconds())
             async with self._purse.held(worst):
@@ -100,13 +101,14 @@ class Line:
                     self._purse.lose(worst)
             if isinstance(found, Answer):
                 return
+            last = found.said
             self._give_up(found)
             if attempt < self._server.attempts:
                 backoff = min(LONGEST_BACKOFF, FIRST_WAIT * 2.0 ** (attempt - 1))
                 self._pace.hold(found.wait)  # for the others too
                 await self._pause(found.wait + backoff * random.uniform(0.5, 1))
         raise UserError(
-            f"server '{self._name}' gave no answer in {self._server.attempts} attempts; the last one: {found.said}",
+            f"server '{self._name}' gave no answer in {self._server.attempts} attempts; the last one: {last}",
             f"everything answered is kept; check {self._server.url}, then `selfimprove resume RUN` asks for the rest "
             f"(servers.{self._name}: attempts, timeout_seconds, concurrency, requests_per_minute)",
         )
@@ -123,9 +125,10 @@ class Line:
         import openai
 
         seconds = self._server.timeout_seconds
+        headers = None if self._key else {"Authorization": openai.Omit()}
         try:
             async with asyncio.timeout(seconds):
-                raw = await self._client.chat.completions.with_raw_response.create(**body)
+                raw = await self._client.chat.completions.with_raw_response.create(**body, extra_headers=headers)
             response = raw.http_response
         except TimeoutError:
             return Failure(f"no answer within {seconds:g} s", billed=True)

@@ -41,14 +41,12 @@ def connect(name: str, server: recipe.Server, key: str | None) -> Any:
         raise UserError(
             f"server '{name}' is asked through the openai client", "pip install 'selfimprove[openai]'"
         ) from None
-    unsent = {} if key else {"Authorization": openai.Omit()}
     with _without("OPENAI_"):
         return openai.AsyncOpenAI(
             base_url=server.url,
             api_key=key or "none",
             max_retries=0,  # ours: they hold to the pace, the ceiling and the number of attempts
             timeout=None,  # ours too: of a whole attempt, not of each read
-            default_headers=unsent,  # type: ignore[arg-type]  # how the client is told to send no such header
         )
 
 

@@ -50,7 +50,9 @@ class Journal:
         self._file.execute("PRAGMA synchronous = FULL")
         self._file.execute("BEGIN IMMEDIATE")
         try:
-            self._file.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", list(answers.items()))
+            self._file.executemany(
+                "INSERT INTO answers VALUES (?, ?) ON CONFLICT (key) DO NOTHING", list(answers.items())
+            )
             self._file.execute(
                 "INSERT INTO accounts VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET usd = usd + ?2", (account, usd)
             )
