@@ -382,7 +382,7 @@ class Server(Section):
     api_key_env: str | None = None  # the environment variable that holds the key; unset = none is sent
     structured_output: bool = False  # the server shapes replies by a JSON schema
     # how to ask, in no key:
-    concurrency: int = Field(16, ge=1)
+    concurrency: int = Field(16, ge=1, le=1000)
     requests_per_minute: int | None = Field(None, ge=1)
     timeout_seconds: float = Field(120.0, gt=0)  # of one attempt
     attempts: int = Field(6, ge=1)
@@ -394,6 +394,12 @@ class Server(Section):
     def identity(self) -> dict[str, Any]:
         """What its answers depend on."""
         return {"url": self.url, "model": self.model, "structured_output": self.structured_output}
+
+    @pydantic.model_validator(mode="after")
+    def _ceiling_has_prices(self) -> Self:
+        if self.ceiling_usd is not None and not (self.input_price or self.output_price):
+            raise ValueError("ceiling_usd needs input_price and output_price")
+        return self
 
 
 class Machine(Section):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -18,6 +18,10 @@ from selfimprove.judges import local
 from selfimprove.judges.journal import Journal, request_key
 from selfimprove.judges.protocol import Opinion, Question, Replies
 from selfimprove.judges.scorers import TOO_LONG
+
+if TYPE_CHECKING:
+    from selfimprove.judges.purse import Spent
+    from selfimprove.judges.server import Client
 
 SERVER = "server:"
 RUN = frozenset({"current", "initial"})  # policies of the run, of one shape
@@ -42,6 +46,7 @@ class Models:
     open_other: Callable[[Path, Task], Any]  # an engine of another model's own
     scratch: Path
     cache: Path
+    account: str  # under which servers' prices are counted towards their ceilings
     progress: Callable[[str, int, int], None]
     opinions: Mapping[tuple[str, str, int], Opinion] = field(default_factory=dict)
     tokens: int = 0  # written by local models
@@ -166,8 +171,23 @@ class Models:
         """What local models have answered in this stage."""
         return Journal(self.scratch / "answers.sqlite")
 
-    def _server(self, model: str) -> Any:
-        raise NotImplementedError
+    def _server(self, model: str) -> "Client":
+        from selfimprove.judges.server import Client
+
+        name = model.removeprefix(SERVER)
+        if name not in self._clients:
+            journal = Journal(self.cache / "servers.sqlite")
+            self._clients[name] = Client(name, self.servers[name], journal, self.progress, self.account)
+        return self._clients[name]
+
+    @cached_property
+    def _clients(self) -> dict[str, "Client"]:
+        return {}
+
+    @property
+    def spent(self) -> dict[str, "Spent"]:
+        """What each server was asked and what it cost."""
+        return {name: client.spent for name, client in self._clients.items()}
 
     def _identity(self, model: str) -> str:
         return f"{self.identities[model]}/{self.engine_section.model_dump_json()}"

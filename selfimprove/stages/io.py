@@ -133,6 +133,7 @@ class StageIO:
             open_other=self.open_other,
             scratch=self.scratch,
             cache=self.cache,
+            account=self.scratch.name,
             progress=self.progress,
             opinions=opinions,
         )

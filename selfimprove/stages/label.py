@@ -101,6 +101,8 @@ def run(io: StageIO, section: recipe.Label) -> None:
         io.out.write_rows("flips", Flip, flips)
         io.out.metrics |= {"flipped": len(flips), "flipped share": len(flips) / max(1, len(pairs))}
     io.out.tokens += io.judging.tokens
+    if io.judging.spent:
+        io.out.metrics["servers"] = {name: dataclasses.asdict(spent) for name, spent in io.judging.spent.items()}
     if io.judging.cut:
         io.out.metrics["comparisons of cut answers"] = io.judging.cut
     scores = [o.score for o in found.opinions if o.score is not None]

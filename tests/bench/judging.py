@@ -68,6 +68,7 @@ def judge_and_engine(rows: list[Candidate], repeats: int) -> None:
                 open_other=None,
                 scratch=Path(folder) / str(repeat),
                 cache=Path(folder),
+                account="bench",
                 progress=lambda what, done, total: None,
             )
             chat, _ = panel._chat("current")
