@@ -20,11 +20,13 @@ def rewards(
     None where the chat has more than `limit` tokens or a text is no valid unicode, and for a reward that is not finite.
     `chat` is the reward model's own: its tokenizer and template, no system prompt of ours.
     """
-    tail = _tail(chat)
+    ending = _ending(chat)
     numbers, sequences = [], []
     for i, (prompt, answer) in enumerate(rows):
         if is_unicode(prompt) and is_unicode(answer):
-            ids = [*chat.prompt_ids(prompt), *chat.completion_ids(prompt, answer), *tail]
+            completion = chat.completion_ids(prompt, answer)
+            written = completion[:-1] if ending is None else [*completion, *ending]
+            ids = [*chat.prompt_ids(prompt), *written]
             if len(ids) <= limit:
                 numbers.append(i)
                 sequences.append(ids)
@@ -60,16 +62,17 @@ def compare(
     return Comparisons(found, sum(one.cut > 0 for one in compared))
 
 
-def _tail(chat: Chat) -> list[int]:
-    """What the template writes behind the end of an answer, such as a line break.
+def _ending(chat: Chat) -> list[int] | None:
+    """What the template writes behind an answer's end token, such as a line break; None where it writes no such token.
 
-    Reward models were trained on whole chats and are read at the last token, which is this one; the answer itself, as
-    `completion_ids` gives it, stops at its end token.
+    A completion is given with its end token and without the rest; reward models were trained on whole chats as their
+    template renders them, and are read at the last token of these.
     """
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     whole: list[int] = chat.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-    ends = [i for i, token in enumerate(whole) if token in chat.stop_token_ids]
-    return whole[ends[-1] + 1 :] if ends and ends[-1] >= len(chat.prompt_ids("a")) else []
+    rest = whole[len(chat.prompt_ids("a")) :]
+    ends = [i for i, token in enumerate(rest) if token in chat.stop_token_ids]
+    return rest[ends[-1] + 1 :] if ends else None
 
 
 def _finite(number: float) -> float | None:

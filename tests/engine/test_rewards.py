@@ -181,10 +181,10 @@ class Recorder:
         return [float(len(ids)) for ids in sequences]
 
 
-@pytest.mark.parametrize("tail", ["", "\n", " so\n"])
-def test_a_row_is_the_whole_chat_as_the_models_own_template_renders_it(tail, tmp_path):
+@pytest.mark.parametrize("ending", ["<|end|>", "<|end|>\n", "<|end|> so\n", ".\n"])
+def test_a_row_is_the_whole_chat_as_the_models_own_template_renders_it(ending, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", f"'<|end|>{tail}'".replace("\n", "\\n"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", f"'{ending}'".replace("\n", "\\n"))
     tokenizer.save_pretrained(tmp_path)
     rows = [("Add 2 and 3.", "5"), ("Who?", "I do not know."), ("", "")]
     scorer, heard = Recorder(), {}
@@ -192,7 +192,7 @@ def test_a_row_is_the_whole_chat_as_the_models_own_template_renders_it(tail, tmp
     for (prompt, answer), ids in zip(rows, scorer.seen, strict=True):
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        assert text.endswith("<|end|>" + tail)
+        assert text.endswith(answer + ending)
         assert ids == tokenizer.encode(text, add_special_tokens=False)
         assert ids.count(tokenizer.bos_token_id) == 1
     assert found == [heard[i] for i in range(3)] == [len(ids) for ids in scorer.seen]
