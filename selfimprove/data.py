@@ -17,6 +17,7 @@ SHIPPED = {
     "demo:seeds_bad_golds": DEMO / "data" / "seeds_bad_golds.jsonl",
     "demo:corpus": DEMO / "data" / "corpus.txt",
     "demo:heldout": DEMO / "data" / "heldout.jsonl",
+    "demo:selection": DEMO / "data" / "selection.jsonl",
 }
 
 STOP_WORDS = frozenset(
@@ -200,11 +201,11 @@ def read_seeds(path: Path) -> list[Seed]:
     return _checked(rows, path)
 
 
-def read_heldout(path: Path) -> list[HeldOut]:
-    """Held-out prompts."""
+def read_heldout(path: Path, what: str = "heldout") -> list[HeldOut]:
+    """Held-out prompts; those without an id are named by `what` and their number."""
     rows = [
         HeldOut(
-            _text(row, "id", where, f"heldout-{i:05d}"),
+            _text(row, "id", where, f"{what}-{i:05d}"),
             _text(row, "prompt", where),
             _text(row, "answer", where) if "answer" in row else None,
         )

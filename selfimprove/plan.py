@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -11,7 +12,7 @@ from selfimprove import chat, data
 from selfimprove.errors import UserError
 from selfimprove.models import locate_model
 from selfimprove.recipe import Recipe, Section
-from selfimprove.stages import control, discriminate, evaluate, generate, improve, label, sft, synthesize, train
+from selfimprove.stages import control, discriminate, evaluate, gate, generate, improve, label, sft, synthesize, train
 from selfimprove.store import (
     SCHEMA,
     Manifest,
@@ -20,6 +21,7 @@ from selfimprove.store import (
     key_of,
     missing_outputs,
     model_files,
+    read_json,
     read_manifest,
     sha256,
     write_atomically,
@@ -36,7 +38,8 @@ INITIAL = "initial"  # the source name of the model a run starts from
 class Step(NamedTuple):
     """One stage of one iteration.
 
-    Sources are `file:NAME`, `model:NAME`, `initial`, or `iter-001/1-synthesize[/SUBDIRECTORY]`.
+    Sources are `file:NAME`, `model:NAME`, `initial`, `iter-001/1-synthesize[/SUBDIRECTORY]`, or what a gate decided:
+    `next:iter-001/6-gate`, the policy that the next round starts with, and `best:...`, the best evaluation so far.
     """
 
     iteration: int
@@ -63,7 +66,7 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         return f"iter-{iteration:03d}/{place[stage]}{inside}"
 
     base = f"iter-{BASE:03d}/1-evaluate"
-    measured = {"heldout": heldout}
+    measured = {"heldout": heldout} | ({"selection": "file:selection"} if recipe.data.selection else {})
     yield Step(BASE, "1-evaluate", evaluate, recipe.evaluate, measured, {"policy": INITIAL}, True)
     if recipe.control:
         tuned = f"iter-{BASE:03d}/2-control/{control.POLICY}"
@@ -79,7 +82,11 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         yield Step(BASE, SFT_EVALUATE, evaluate, recipe.evaluate, measured | {"base": base}, {"policy": start}, True)
 
     def policy(iteration: int, which: str = train.POLICY) -> str:
-        return at(iteration, "train", f"/{which}") if iteration > BASE else start
+        if iteration == BASE:
+            return start
+        if recipe.gate and which == train.POLICY:
+            return f"next:{at(iteration, 'gate')}"
+        return at(iteration, "train", f"/{which}")
 
     for t in range(1, recipe.rounds + 1):
         now = recipe.at(t)
@@ -90,7 +97,7 @@ def steps(recipe: Recipe) -> Iterator[Step]:
             generator = {synthesize.GENERATOR: at(1, "synthesize", f"/{synthesize.GENERATOR}")} if t > 1 else {}
             yield Step(
                 t, place["synthesize"], synthesize, now.synthesize,
-                {"seeds": seeds, "corpus": corpus, "heldout": heldout, **earlier}, {"initial": initial, **generator},
+                {"seeds": seeds, "corpus": corpus, **measured, **earlier}, {"initial": initial, **generator},
                 True,
             )  # fmt: skip
             prompts = {"prompts": at(t, "synthesize")}
@@ -146,7 +153,12 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         compared = {"base": base, "previous": at(t - 1, "evaluate") if t > 1 else before}
         if compared["previous"] == base:
             del compared["previous"]
-        yield Step(t, place["evaluate"], evaluate, now.evaluate, measured | compared, {"policy": policy(t)}, True)
+        trained_policy = at(t, "train", f"/{train.POLICY}")
+        yield Step(t, place["evaluate"], evaluate, now.evaluate, measured | compared, {"policy": trained_policy}, True)
+        if now.gate:
+            last = {"last": at(t - 1, "gate")} if t > 1 else {}
+            judged = {"evaluation": at(t, "evaluate"), "best": f"best:{last['last']}" if last else before, "base": base}
+            yield Step(t, place["gate"], gate, now.gate, judged | last, {"trained": trained_policy}, False)
 
 
 class Examined(NamedTuple):
@@ -169,11 +181,44 @@ class Sources:
             "seeds": recipe.data.seeds,
             "corpus": recipe.data.corpus,
             "heldout": recipe.data.heldout,
+            "selection": recipe.data.selection or "",
         }
         self._digests: dict[str, str] = {}
 
+    def resolve(self, source: str) -> str | None:
+        """What a gate has decided in the place of `next:` and `best:`; None while it has not."""
+        which, _, directory = source.partition(":")
+        if which not in ("next", "best"):
+            return source
+        if read_manifest(self.run.path / directory) is None:
+            return None
+        told = read_json(self.run.path / directory / gate.FILE)
+        iteration = told["goes_on_from"] if which == "next" else told["best"]
+        return (self._policies if which == "next" else self._evaluations)[iteration]
+
+    @cached_property
+    def _policies(self) -> dict[int, str]:
+        """What each round's evaluation evaluated; of the base, what round 1 starts with."""
+        return {s.iteration: s.models["policy"] for s in self._evaluated}
+
+    @cached_property
+    def _evaluations(self) -> dict[int, str]:
+        return {step.iteration: step.directory for step in self._evaluated}
+
+    @cached_property
+    def _evaluated(self) -> list[Step]:
+        return [s for s in steps(self.recipe) if s.stage is evaluate and s.name != CONTROL_EVALUATE]
+
     def path(self, source: str) -> Path:
-        """The file or directory of a source."""
+        """The file or directory of a source.
+
+        Raises:
+            RuntimeError: a gate has not decided on it yet.
+        """
+        resolved = self.resolve(source)
+        if resolved is None:
+            raise RuntimeError(f"{source} is not decided")
+        source = resolved
         if source == INITIAL:
             return locate_model(self.recipe.model.path, self.run.about().get("revision"))
         if source.startswith("model:"):
@@ -184,7 +229,11 @@ class Sources:
         return self.run.path / source
 
     def digest(self, source: str) -> str | None:
-        """Content hash of a source; None while it is not published, or when it is gone."""
+        """Content hash of a source; None while it is not published or decided, or when it is gone."""
+        resolved = self.resolve(source)
+        if resolved is None:
+            return None
+        source = resolved
         if source == INITIAL or source.startswith(("file:", "model:")):
             if source not in self._digests:
                 try:
@@ -229,12 +278,20 @@ def examine(run: Run, recipe: Recipe) -> list[Examined]:
         if status != "done":
             waiting.add(step.directory)
         found.append(Examined(step, status, reason, ingredients, manifest))  # type: ignore[arg-type]
+        if status == "done" and stops(run, step):
+            break
     return found
+
+
+def stops(run: Run, step: Step) -> bool:
+    """Whether a gate that is published ends the run."""
+    return step.stage is gate and bool(read_json(run.path / step.directory / gate.FILE)["stop"])
 
 
 def upstream(step: Step) -> set[str]:
     """The directories of the artifacts that a step reads."""
-    return {"/".join(source.split("/")[:2]) for source in [*step.inputs.values(), *step.models.values()]}
+    sources = [*step.inputs.values(), *step.models.values()]
+    return {"/".join(source.removeprefix("next:").removeprefix("best:").split("/")[:2]) for source in sources}
 
 
 def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Whatever can be known to be wrong before a model is loaded; and a rehearsal with the model, on the CPU."""
 
 import inspect
+import itertools
 import json
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ def check(chosen: Recipe) -> None:
     for name in ("seeds", "heldout", *(["corpus"] if chosen.synthesize else [])):
         path = data.locate(getattr(chosen.data, name), name)
         {"seeds": data.read_seeds, "heldout": data.read_heldout, "corpus": data.read_paragraphs}[name](path)
+    apart(chosen)
     evaluate.check(chosen.evaluate)
     rounds = [chosen.at(iteration) for iteration in range(1, chosen.rounds + 1)]
     for iteration, now in enumerate(rounds, 1):
@@ -62,13 +64,30 @@ def check(chosen: Recipe) -> None:
                 f"seed '{seed.prompt_id}' has {length} tokens, engine.max_model_len is {chosen.engine.max_model_len}",
                 "shorten or remove the seed, or raise engine.max_model_len",
             )
-    heldout = {data.fold(row.prompt) for row in data.read_heldout(data.locate(chosen.data.heldout, "heldout"))}
-    shared = [seed for seed in seeds if data.fold(seed.prompt) in heldout]
-    if shared:
-        raise UserError(
-            f"{len(shared)} prompts of data.seeds stand in data.heldout too, the first is '{shared[0].prompt_id}'",
-            "remove them from one of the files: what is trained on cannot be held out",
-        )
+
+
+def apart(chosen: Recipe) -> None:
+    """Whether no prompt stands in two of seeds, held-out and selection prompts.
+
+    Raises:
+        UserError: one does.
+    """
+    prompts = {"seeds": [(s.prompt_id, s.prompt) for s in data.read_seeds(data.locate(chosen.data.seeds, "seeds"))]}
+    for name in ("heldout", "selection"):
+        if path := getattr(chosen.data, name):
+            rows = data.read_heldout(data.locate(path, name), name)
+            prompts[name] = [(row.prompt_id, row.prompt) for row in rows]
+    why = {
+        "seeds": "what is trained on cannot be held out",
+        "heldout": "what the gate looks at cannot be what is reported",
+    }
+    for one, other in itertools.combinations(prompts, 2):
+        folded = {data.fold(prompt) for _, prompt in prompts[other]}
+        if shared := [prompt_id for prompt_id, prompt in prompts[one] if data.fold(prompt) in folded]:
+            raise UserError(
+                f"{len(shared)} prompts of data.{one} stand in data.{other} too, the first is '{shared[0]}'",
+                f"remove them from one of the files: {why[one]}",
+            )
 
 
 CHECKS = {"reward_model": checkpoints.check_reward_model, "pairwise_ranker": checkpoints.check_ranker}  # of judges
@@ -345,6 +364,11 @@ def fits_together(chosen: Recipe) -> None:
             chunks is not None and chunks.by == "source" and chosen.synthesize is not None,
             "train.chunks by source needs data sources, and synthesised prompts have none",
             'drop the stage synthesize, or set train.chunks.by = "pair"',
+        ),
+        (
+            chosen.gate is not None and chosen.gate.roll_back and chosen.train.average is not None,
+            "a gate that rolls back does not take a policy back out of train.average",
+            "set gate.roll_back = false, or drop train.average",
         ),
         (
             chosen.improve is not None and chosen.improve.n > generated.n,

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from selfimprove.errors import UserError
 
-STAGES = ("synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate")
+STAGES = ("synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate", "gate")
 PACKAGE = Path(__file__).parent
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -80,6 +80,7 @@ class Data(Section):
     seeds: str = "demo:seeds"  # JSONL: prompt, completion (gold), optional id
     corpus: str = "demo:corpus"  # plain text, one paragraph a line; keywords are drawn from it
     heldout: str = "demo:heldout"  # JSONL: prompt, optional answer, optional id; never enters training
+    selection: str | None = None  # the same, other prompts: what the gate looks at, so that reports stay untouched
 
 
 class Sampling(Section):
@@ -424,7 +425,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0)
     rounds: int = Field(4, ge=1)
-    stages: list[Literal["synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate"]]
+    stages: list[Literal["synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate", "gate"]]
     model: Model = Model()
     data: Data = Data()
     engine: Engine = Engine()
@@ -435,6 +436,7 @@ class Recipe(Section):
     label: Label
     train: Train
     evaluate: Evaluate
+    gate: Gate | None = None
     sft: Sft | None = None
     control: Control | None = None
     schedule: list[Change] = []
@@ -449,9 +451,11 @@ class Recipe(Section):
         for stage in STAGES:
             if (stage in self.stages) != (getattr(self, stage) is not None):
                 raise ValueError(f"stage '{stage}' and section [{stage}] go together")
+        if (self.gate is None) != (self.data.selection is None):
+            raise ValueError("data.selection and the stage gate go together")
         for change in self.schedule:
             for key in [*change.set, *change.drop]:
-                if key.split(".")[0] not in self.stages or key.startswith("evaluate"):
+                if key.split(".")[0] not in self.stages or key.startswith(("evaluate", "gate")):
                     raise ValueError(f"schedule: '{key}' cannot change from round to round")
         return self
 

@@ -56,7 +56,7 @@ def absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that a run stays whole wherever it is resumed from."""
     changed: dict[str, Any] = {
         "model": Model(path=_absolute(recipe.model.path)),
-        "data": Data(**{name: _absolute(value) for name, value in recipe.data.model_dump().items()}),
+        "data": Data(**{name: value and _absolute(value) for name, value in recipe.data.model_dump().items()}),
     }
     if recipe.train.reference_path:
         path = _absolute(recipe.train.reference_path)

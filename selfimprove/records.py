@@ -124,7 +124,7 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One scored answer to a held-out prompt; `mode` is "greedy" or "sampled"."""
+    """One scored answer to a held-out prompt; `mode` is "greedy" or "sampled", `split` "report" or "selection"."""
 
     prompt_id: str
     prompt: str
@@ -134,6 +134,8 @@ class Sample:
     finish_reason: str
     score: float | None
     reason: str
+    split: str = "report"
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,24 @@
 """What a run looks like from outside: its state and scores, and whether its files are what they were."""
 
-import json
 from typing import Any
 
 from selfimprove.errors import UserError
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Step, examine, steps
 from selfimprove.recipe import Recipe
-from selfimprove.store import Run, broken_outputs, read_manifest
+from selfimprove.stages import gate
+from selfimprove.store import Run, broken_outputs, read_json, read_manifest
 
 
 def read_scores(run: Run, step: Step) -> dict[str, Any] | None:
     """scores.json of an evaluation; None for other stages and where it is not published."""
     path = run.path / step.directory / "scores.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
+
+
+def read_decision(run: Run, step: Step) -> dict[str, Any] | None:
+    """gate.json of a gate; None for other stages and where it is not published."""
+    path = run.path / step.directory / gate.FILE
+    return read_json(path) if step.stage is gate and path.is_file() else None
 
 
 def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
@@ -39,6 +45,8 @@ def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
         if scores := read_scores(run, step):
             of = beside.setdefault(step.name, {}) if step.name in (CONTROL_EVALUATE, SFT_EVALUATE) else entry
             of |= {"scores": scores["scores"], "comparisons": scores["comparisons"]}
+        if decision := read_decision(run, step):
+            entry["gate"] = decision
     finished = all(s["state"] == "done" for e in iterations.values() for s in e["stages"])
     base = iterations.pop(BASE)
     return {

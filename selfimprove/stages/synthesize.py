@@ -31,7 +31,12 @@ def run(io: StageIO, section: recipe.Synthesize) -> None:
     asks = [Ask(prompt_id, chat.render("synthesize", {"keywords": words})) for prompt_id, words in drawn.items()]
     written = io.complete("writing prompts", generator, asks, 1, section.sampling, "generator")
 
-    evaluated = [row.prompt for row in data.read_heldout(io.inputs["heldout"])]
+    evaluated = [
+        row.prompt
+        for name in ("heldout", "selection")
+        if name in io.inputs
+        for row in data.read_heldout(io.inputs[name])
+    ]
     heldout = dedup.HeldOut(evaluated, section.decontamination_ngram)
     seen = dedup.Seen(section.max_similarity)
     for seed in seeds:
