@@ -138,7 +138,7 @@ for end in range(3, 64):
     for word in found:
         try: os.write(end, word)
         except OSError: pass
-print(len(found))
+print(len(found), flush=True)
 os._exit(0)
 """
     found = _run(pour)
