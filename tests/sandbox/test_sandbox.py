@@ -130,7 +130,7 @@ def test_an_early_end_or_a_monkeypatch_is_no_pass(code):
 def test_pouring_every_pipe_into_every_other_does_not_pass_either():
     pour = """
 import os
-found = [b'f' * 32]
+found = []
 for end in range(3, 64):
     try: found.append(os.read(end, 64))
     except OSError: pass
@@ -143,7 +143,7 @@ os._exit(0)
 """
     found = _run(pour)
     assert found.passed is False
-    assert found.output == "2\n"  # it did come upon the word
+    assert found.output == "1\n"  # it did come upon the word
 
 
 # the walls
