@@ -296,8 +296,8 @@ def fits_together(chosen: Recipe) -> None:
             'set improve.min_gap = 0.0, or improve.kind = "improver"',
         ),
         (
-            checker == "exact" and chosen.synthesize is not None,
-            "label.judge checker 'exact' needs reference answers, and synthesised prompts have none",
+            judge is not None and judges.needs_answer(judge) and chosen.synthesize is not None,
+            f"label.judge checker '{checker}' needs reference answers, and synthesised prompts have none",
             'for example label.judge = { name = "self_consistency" }',
         ),
         (
@@ -355,9 +355,9 @@ def fits_together(chosen: Recipe) -> None:
         ),
         (
             chosen.discriminate is not None
-            and (chosen.discriminate.judge.model_extra or {}).get("checker") == "exact"
+            and judges.needs_answer(chosen.discriminate.judge)
             and chosen.synthesize is not None,
-            "discriminate.judge checker 'exact' needs reference answers, and synthesised prompts have none",
+            "discriminate.judge needs reference answers, and synthesised prompts have none",
             "drop the stage synthesize, or choose another judge",
         ),
         (

@@ -18,7 +18,7 @@ from selfimprove.recipe import Choice
 
 __all__ = [
     "COMPARERS", "JUDGES", "Candidate", "Comparer", "Judge", "Opinion", "Panel", "Preference",
-    "bind", "bind_comparer", "candidate", "check", "compares", "files", "fixed", "identity", "models",
+    "bind", "bind_comparer", "candidate", "check", "compares", "files", "fixed", "identity", "models", "needs_answer",
 ]  # fmt: skip
 
 
@@ -115,14 +115,15 @@ def models(choice: Choice) -> list[str]:
 
 
 def files(choice: Choice) -> dict[str, Path]:
-    """The files outside the recipe on whose content a judge's verdicts depend, by the name the recipe gives them.
-
-    Raises:
-        UserError: a function that the judge names cannot be imported.
-    """
+    """The files outside the recipe on whose content a judge's verdicts depend, by the name the recipe gives them."""
     if choice.name == "verifier":
         return verifiers.files(**(choice.model_extra or {}))
     return {name: path for member in members(choice) for name, path in files(member).items()}
+
+
+def needs_answer(choice: Choice) -> bool:
+    """Whether a judge knows nothing where there is no reference answer."""
+    return choice.name == "verifier" and verifiers.needs_answer(**(choice.model_extra or {}))
 
 
 def identity(choice: Choice | None) -> str:
