@@ -148,7 +148,7 @@ def _maximum(wins: Array, anchor: int, start: Array) -> Array:
 
     options = {"maxiter": 1000, "maxls": 50, "gtol": 1e-8, "ftol": 64 * np.finfo(float).eps}  # scikit-learn's
     found = np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x)
-    return found - found[anchor]
+    return np.asarray(found - found[anchor])
 
 
 def _elo(strength: float) -> float | None:

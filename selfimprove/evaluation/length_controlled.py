@@ -125,9 +125,7 @@ def length_controlled(rows: Rows, gamed: Gamed | None = None, c: float | None = 
     return LengthControlled(100 * float(predicted.mean()), spread, float(c), tuple(map(float, found[0])))
 
 
-def bootstrap(
-    rows: Rows, gamed: Gamed | None, c: float, resamples: int = 1000, seed: int = 0
-) -> Bootstrap:
+def bootstrap(rows: Rows, gamed: Gamed | None, c: float, resamples: int = 1000, seed: int = 0) -> Bootstrap:
     """How far the length-controlled win rate would spread over other prompts.
 
     Prompts are drawn with replacement; lengths are scaled and the model is fitted anew each time, with the same C and
@@ -204,7 +202,7 @@ def _design(rows: Rows, gamed: Gamed | None, counts: Array) -> tuple[Array, Arra
 def _predicted(coefficients: Array, gamma: Array | None) -> Array:
     """P(the model's answer is better) of each row were its length the baseline's."""
     constant = coefficients[:, -1:]
-    return sigmoid(constant if gamma is None else constant + coefficients[:, 1:2] * gamma)
+    return np.asarray(sigmoid(constant if gamma is None else constant + coefficients[:, 1:2] * gamma))
 
 
 def _standard_error(values: Array) -> float | None:

@@ -12,7 +12,6 @@ from selfimprove.errors import UserError
 from selfimprove.judges.audit import Winner
 
 
-
 class LabelledPair(NamedTuple):
     """Two answers to a prompt, and which one people prefer; None where they have not said, or not agreed."""
 

@@ -1,4 +1,7 @@
-"""AlpacaEval 2 from judged rows: `index`, `preference` (1 the baseline .. 2 the model), `len_1`, `len_2` (characters)."""
+"""AlpacaEval 2 from judged rows.
+
+Their fields: `index`, `preference` (1 is the baseline, 2 the model), `len_1`, `len_2` (characters of the two answers).
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ MINIMAL = "a prompt set of your own is scored without --difficulty and --gamed"
 class Judged(NamedTuple):
     """The rows of a file, column by column, in the file's order."""
 
-    index: list[int]
+    indices: list[int]
     preference: lc.Array  # NaN cannot be read
     len_1: list[int]
     len_2: list[int]
@@ -71,7 +74,7 @@ def score(
     result: dict[str, Any] = {
         "benchmark": "alpaca_lc",
         "file": str(path),
-        "rows": len(judged.index),
+        "rows": len(judged.indices),
         "ignored": judged.ignored,
         "unused_fields": judged.unused,
         **lc.raw_win_rate(judged.preference)._asdict(),
@@ -124,8 +127,8 @@ def read_judged(path: Path) -> Judged:
             ignored["preference outside 1 to 2"] += 1
         index.append(number)
         preference.append(value if value is not None and (value == 0 or 1 <= value <= 2) else np.nan)
-    lengths = [[row.whole(name, hint="characters of the answer") for row in rows] for name in ("len_1", "len_2")]
-    return Judged(index, np.array(preference, dtype=float), *lengths, dict(ignored), fields.unused(rows, USED))
+    len_1, len_2 = ([row.whole(name, hint="characters of the answer") for row in rows] for name in ("len_1", "len_2"))
+    return Judged(index, np.array(preference), len_1, len_2, dict(ignored), fields.unused(rows, USED))
 
 
 def read_difficulty(path: Path) -> dict[int, float]:
@@ -167,7 +170,8 @@ def read_gamed(path: Path) -> GamedTable:
         lengths[row.whole("index")] = row.whole("len_1")
     if not names:
         raise UserError(f"{path} holds no rows", f"the rows of AlpacaEval's gamed baselines; {MINIMAL}")
-    return GamedTable(lc.Gamed(*(np.array(column) for column in columns), len(names)), lengths)
+    scaled, gamma, p = (np.array(column) for column in columns)
+    return GamedTable(lc.Gamed(scaled, gamma, p, len(names)), lengths)
 
 
 def places(lengths: Sequence[int], table: Sequence[int]) -> list[int] | None:
@@ -197,15 +201,15 @@ def _joined(
     """Each row's difficulty."""
     order = sorted(difficulty)
     if align == "positional":
-        if len(judged.index) > len(order):
-            raise UserError(f"{path} has {len(judged.index)} rows, and there are {len(order)} difficulties", MINIMAL)
-        if len(judged.index) < len(order) or judged.index != order:
+        if len(judged.indices) > len(order):
+            raise UserError(f"{path} has {len(judged.indices)} rows, and there are {len(order)} difficulties", MINIMAL)
+        if len(judged.indices) < len(order) or judged.indices != order:
             notes.append(
-                f"{len(judged.index)} rows for {len(order)} instructions were joined by their place, as the published "
+                f"{len(judged.indices)} rows for {len(order)} instructions are joined by their place, as published "
                 "figures are; after a row that is missing they have the difficulty of another instruction "
                 "(--align index joins by index)"
             )
-        return np.array([difficulty[index] for index in order[: len(judged.index)]])
+        return np.array([difficulty[index] for index in order[: len(judged.indices)]])
     index = _true_index(judged, table, notes)
     if unknown := [one for one in index if one not in difficulty]:
         raise UserError(f"{path}: no difficulty for index {unknown[0]}", f"indices go to {order[-1]}; {MINIMAL}")
@@ -215,18 +219,18 @@ def _joined(
 def _true_index(judged: Judged, table: GamedTable | None, notes: list[str]) -> list[int]:
     """The rows' indices; where they are places in a file with holes, the baseline's lengths tell the instructions."""
     if table is None:
-        return judged.index
+        return judged.indices
     known = table.baseline_lengths
-    wrong = [i for i, length in zip(judged.index, judged.len_1, strict=True) if known.get(i) != length]
+    wrong = [i for i, length in zip(judged.indices, judged.len_1, strict=True) if known.get(i) != length]
     if not wrong:
-        return judged.index
+        return judged.indices
     found = places(judged.len_1, [known[index] for index in sorted(known)])
-    if found is None or judged.index != sorted(judged.index):
+    if found is None or judged.indices != sorted(judged.indices):
         notes.append(
-            f"{len(wrong)} rows, the first with index {wrong[0]}, have another len_1 than the baseline's answer to that "
-            "instruction: another baseline, or not the instruction's index"
+            f"{len(wrong)} rows, the first with index {wrong[0]}, have another len_1 than the baseline's answer to "
+            "that instruction: another baseline, or not the instruction's index"
         )
-        return judged.index
+        return judged.indices
     index = [sorted(known)[place] for place in found]
     holes = sorted(set(known).difference(index))
     notes.append(

@@ -73,7 +73,7 @@ class Row(NamedTuple):
         value = self.any(name, hint)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
             raise self.wrong(name, "a number", hint)
         return None if math.isnan(value) else float(value)
 
@@ -108,7 +108,9 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                 told = ", ".join(table.fieldnames or []) or "none"
                 raise UserError(f"{path}, line 1: no column '{missing[0]}'", f"columns of this file: {told}")
             for values in table:
-                yield Row(f"{path}, line {table.line_num}", {name: _cell(cell) for name, cell in values.items() if name})
+                yield Row(
+                    f"{path}, line {table.line_num}", {name: _cell(cell) for name, cell in values.items() if name}
+                )
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}", "check the path") from None
     except (UnicodeDecodeError, csv.Error) as error:
