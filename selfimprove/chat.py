@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 
 from selfimprove.errors import UserError
@@ -39,6 +40,7 @@ class Chat:
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"model {model} has no end token (eos_token)", _SAVE_TOKENIZER)
         self.stop_token_ids = _end_tokens(model, int(self.tokenizer.eos_token_id))
+        self._control = _control_strings(self.tokenizer)
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of one user turn up to where the assistant begins; exactly one BOS where the model has one."""
@@ -67,16 +69,53 @@ class Chat:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
     def _render(self, turns: list[Message], *, add_generation_prompt: bool) -> list[int]:
+        mark, masked = self._masked(turns)
         try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+            text: str = self.tokenizer.apply_chat_template(
+                masked, add_generation_prompt=add_generation_prompt, tokenize=False
             )
         except jinja2.TemplateError as error:
             raise UserError(f"the model's chat template fails: {error}", "mend chat_template of the model") from None
+        ids: list[int] = []
+        for k, piece in enumerate(text.split(mark) if mark else [text]):
+            for part in _halves(self._control[int(piece)]) if k % 2 else [piece]:
+                ids += self.tokenizer.encode(part, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         if bos is not None and bos != self.tokenizer.eos_token_id and ids.count(bos) > 1:
             raise UserError("the chat template adds a second BOS token", "remove one from the template or tokenizer")
         return ids
+
+    def _masked(self, turns: list[Message]) -> tuple[str, list[Message]]:
+        """Turns in which each control string is its number between two marks, and the mark; none where there is none.
+
+        What a user or a model has written is never read as the template's own control tokens.
+        """
+        pattern = "|".join(map(re.escape, self._control))
+        if not pattern or not any(re.search(pattern, turn["content"]) for turn in turns):
+            return "", turns
+        written = "".join(turn["content"] for turn in turns)
+        mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in written)  # private use
+        numbers = {string: str(i) for i, string in enumerate(self._control)}
+        masked = [
+            Message(
+                role=turn["role"], content=re.sub(pattern, lambda m: f"{mark}{numbers[m[0]]}{mark}", turn["content"])
+            )
+            for turn in turns
+        ]
+        return mark, masked
+
+
+def _control_strings(tokenizer: Any) -> list[str]:
+    """The strings that the tokenizer or its chat template take for control tokens, longest first."""
+    template = str(tokenizer.chat_template)
+    known = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+    found = [string for string, special in known.items() if len(string) > 1 and (special or string in template)]
+    return sorted(found, key=len, reverse=True)
+
+
+def _halves(control: str) -> list[str]:
+    """A control string in two parts, neither of which is one: encoded apart, they are ordinary tokens."""
+    return [control[:1], control[1:]]
 
 
 _SAVE_TOKENIZER = "save the tokenizer beside the weights: tokenizer.save_pretrained(DIRECTORY)"
@@ -100,13 +139,37 @@ def template_path(name: str) -> Path:
 
 
 @cache
-def _template(name: str) -> jinja2.Template:
-    return TEMPLATES.from_string(template_path(name).read_text(encoding="utf-8").strip())
+def _template(name: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """A shipped template and the variables that it uses."""
+    source = template_path(name).read_text(encoding="utf-8").strip()
+    try:
+        used = jinja2.meta.find_undeclared_variables(TEMPLATES.parse(source))
+        return TEMPLATES.from_string(source), frozenset(used)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"prompts/{name}.jinja, line {error.lineno}: {error.message}", "mend the template") from None
 
 
 def render(name: str, values: Mapping[str, Any]) -> str:
-    """A prompt template filled in; a missing variable is an error."""
-    return _template(name).render(**values)
+    """A prompt template filled in.
+
+    Raises:
+        UserError: the template does not use exactly these variables, or is no template.
+    """
+    template, used = _template(name)
+    if used != values.keys():
+        unknown, unused = sorted(used - values.keys()), sorted(values.keys() - used)
+        wrong = f"uses {unknown[0]}, which is not given" if unknown else f"does not use {unused[0]}"
+        raise UserError(f"prompts/{name}.jinja {wrong}", f"its variables are {', '.join(sorted(values))}")
+    return template.render(**values)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it has no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def tagged(text: str, tag: str) -> str | None:

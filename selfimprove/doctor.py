@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from selfimprove import data
+from selfimprove import data, sandbox
 from selfimprove.errors import UserError
 
 TESTED = {  # the set that requirements/cpu.txt pins and the tests run on
@@ -46,6 +46,7 @@ def examine() -> list[Finding]:
         _cuda(),
         _memory(),
         _disk(),
+        _sandbox(),
         *_generation(),
     ]
 
@@ -105,6 +106,14 @@ def _disk() -> Finding:
     if free < 1:
         return Finding("disk", "warn", f"{free:.1f} GiB free here", "free some space, or start in another directory")
     return Finding("disk", "ok", f"{free:.1f} GiB free here")
+
+
+def _sandbox() -> Finding:
+    try:
+        sandbox.check()
+    except UserError as error:
+        return Finding("sandbox", "warn", error.message, error.hint)  # only the checker unit_tests needs it
+    return Finding("sandbox", "ok", "generated code can be run, behind walls")
 
 
 def _generation() -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -46,6 +46,7 @@ class Step(NamedTuple):
     inputs: dict[str, str]
     models: dict[str, str]
     samples: bool  # whether it uses the engine's answers, whose numerics then enter the key
+    servers: Sequence[str] = ()  # of the recipe, that it asks
 
     @property
     def directory(self) -> str:
@@ -118,9 +119,17 @@ def steps(recipe: Recipe) -> Iterator[Step]:
             completions |= {"earlier": at(t - 1, "label")}
             if now.label.acquire:  # and a prompt is acquired once
                 completions |= {f"acquired-{k}": at(k, "label") for k in range(1, t)}
-        asks = label.asks_models(now.label)
-        judges = {"initial": initial} | ({"current": current} if asks else {})
-        yield Step(t, place["label"], label, now.label, completions | golds, judges, asks)
+        if now.label.relabel and t > 1:
+            completions |= {"relabelled": at(t - 1, "label")}
+        if now.label.audit and t > 1:
+            completions |= {"anchors": at(1, "label")}
+        asked = label.models(now.label)
+        policies = {"initial": initial, "current": current}
+        judging = {name: policies.get(name, f"model:{name}") for name in asked}
+        yield Step(
+            t, place["label"], label, now.label, completions | golds, {"initial": initial} | judging, bool(asked),
+            label.servers(now.label),
+        )  # fmt: skip
 
         first = {"current": t, "previous_and_current": max(1, t - 1), "all": 1}[now.train.pairs]
         pairs = {f"pairs-{k}": at(k, "label") for k in range(first, t + 1)}
@@ -245,7 +254,7 @@ def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, An
         "templates": {name: sha256(chat.template_path(name)) for name in step.stage.TEMPLATES},
         "inputs": inputs,
         "models": models,
-    }
+    } | ({"servers": {name: recipe.servers[name].identity for name in step.servers}} if step.servers else {})
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

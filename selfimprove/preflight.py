@@ -2,11 +2,14 @@
 
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selfimprove import chat, data
+from selfimprove import chat, data, judges
+from selfimprove.engine import checkpoints
 from selfimprove.errors import UserError
+from selfimprove.judges.panel import RUN, SERVER
 from selfimprove.models import locate_model
 from selfimprove.recipe import Choice, Recipe, Train
 from selfimprove.stages import discriminate, evaluate, label, train
@@ -29,6 +32,7 @@ def check(chosen: Recipe) -> None:
             label.check(now.label)
             if now.discriminate:
                 discriminate.check(now.discriminate)
+            judged(now)
             fits_together(now)
             trainable(now)
             if now.train.reference_path:
@@ -37,7 +41,7 @@ def check(chosen: Recipe) -> None:
             follows(now, rounds[iteration - 2], iteration)
     directory = locate_model(chosen.model.path)
     positions = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    if positions is not None and chosen.engine.max_model_len > positions:
+    if positions is not None and chosen.engine.max_model_len > positions and chosen.engine.kind != "fake":
         raise UserError(
             f"engine.max_model_len = {chosen.engine.max_model_len}, but the model has {positions} positions",
             f"set engine.max_model_len to {positions} or less",
@@ -64,6 +68,47 @@ def check(chosen: Recipe) -> None:
         raise UserError(
             f"{len(shared)} prompts of data.seeds stand in data.heldout too, the first is '{shared[0].prompt_id}'",
             "remove them from one of the files: what is trained on cannot be held out",
+        )
+
+
+CHECKS = {"reward_model": checkpoints.check_reward_model, "pairwise_ranker": checkpoints.check_ranker}  # of judges
+
+
+def judged(chosen: Recipe) -> None:
+    """Whether every judge has the models and servers that it asks.
+
+    Raises:
+        UserError: one is missing, or stands in the recipe for nothing.
+    """
+    section, known = chosen.label, chosen.servers
+    asked = label.servers(section)
+    for one in label.all_judges(section):
+        for name in [] if judges.members(one) else judges.models(one):
+            if name not in RUN and not name.startswith(SERVER):
+                CHECKS.get(one.name, checkpoints.check_weights)(locate_model(name))
+            elif one.name in CHECKS:
+                raise UserError(f"judge '{one.name}' needs a model of its kind, not '{name}'", "a directory or hub id")
+    for name in asked:
+        if name not in known:
+            raise UserError(
+                f"a judge asks 'server:{name}', and the recipe has no [servers.{name}]",
+                f"servers of the recipe: {', '.join(sorted(known)) or 'none'}",
+            )
+        key = known[name].api_key_env
+        if key is not None and not os.environ.get(key):
+            raise UserError(f"servers.{name}: the environment variable {key} is not set", f"export {key}=...")
+    if unused := sorted(known.keys() - set(asked)):
+        raise UserError(f"no judge asks servers.{unused[0]}", f'for example label.judge.model = "server:{unused[0]}"')
+    if section.relabel and chosen.train.pairs != "current":
+        raise UserError(
+            f"label.relabel carries the pairs of earlier rounds along, and train.pairs = '{chosen.train.pairs}' would"
+            " train on them twice",
+            'set train.pairs = "current"',
+        )
+    if section.audit and section.judge and judges.compares(section.judge):
+        raise UserError(
+            f"label.audit asks a judge of single answers again, and '{section.judge.name}' compares two",
+            "remove [label.audit]: what both orders show is told in any case",
         )
 
 
@@ -237,8 +282,8 @@ def fits_together(chosen: Recipe) -> None:
             'for example label.judge = { name = "self_consistency" }',
         ),
         (
-            rule == "best_vs_worst" and generated.n < 2,
-            "pairing 'best_vs_worst' needs at least two answers to a prompt, generate.n = 1",
+            rule in ("best_vs_worst", "best_vs_random", "all_pairs", "top_k") and generated.n < 2,
+            f"pairing '{rule}' needs at least two answers to a prompt, generate.n = 1",
             "raise generate.n",
         ),
         (

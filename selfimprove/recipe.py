@@ -171,13 +171,25 @@ class Acquire(Section):
     beta: float = Field(0.2, gt=0)  # of the implicit reward that certainty compares
 
 
+class Audit(Section):
+    """What is asked of the judge besides, in every round, to know how far it can be trusted."""
+
+    anchors: int = Field(32, ge=2)  # answers of the first round that every round judges again, and twice
+    second: Choice | None = None  # another judge of single answers ...
+    sample: int = Field(64, ge=2)  # ... on the answers to this many prompts
+
+
 class Label(Section):
     """Verdicts, and the rule that turns them into pairs."""
 
     acquire: Acquire | None = None  # unset = all prompts are labelled
     judge: Choice | None = None  # not for rules that look at no score, as SPIN's
     pairing: Choice
+    min_margin: float = Field(0.0, ge=0)  # smallest score gap of a pair
+    max_length_ratio: float | None = Field(None, gt=0)  # of chosen to rejected, in tokens
+    relabel: bool = False  # earlier pairs are scored again, turned where the scores say so, and join this iteration's
     quota: int | None = Field(None, ge=1)  # pairs kept per iteration
+    audit: Audit | None = None
 
 
 class Sync(Section):
@@ -283,6 +295,33 @@ class Evaluate(Section):
     max_tokens: int = Field(64, ge=1)
 
 
+Metric = Literal["greedy", "sampled"]
+
+
+class Limits(Section):
+    """What a healthy round keeps within, beside the best one so far; unset = not looked at."""
+
+    max_truncated_share: float | None = Field(0.1, ge=0, le=1)  # of the sampled held-out answers
+    max_length_ratio: float | None = Field(2.0, gt=0)  # mean tokens of them, against the base model's
+    min_diversity_ratio: float | None = Field(0.5, gt=0, le=1)  # distinct word bigrams of them, against the base's
+
+
+class Gate(Section):
+    """After each round: promote its policy, keep it without a promotion, or roll back to the best one so far.
+
+    The gate looks at data.selection alone; what is reported is data.heldout, which it never sees.
+    """
+
+    metric: Metric = "sampled"
+    level: float = Field(0.05, gt=0, lt=0.5)  # chance that a run without gain promotes any round
+    min_gain: float = Field(0.0, ge=0)  # promote where the gain's lower bound is above it
+    guards: list[Metric] = ["greedy"]  # none of them may be surely worse ...
+    max_drop: float = Field(0.0, ge=0)  # ... by more than this
+    limits: Limits = Limits()
+    roll_back: bool = True  # off = what is worse goes on all the same
+    patience: int | None = Field(None, ge=1)  # rounds without a promotion after which the run stops
+
+
 class Sft(Section):
     """Supervised fine-tuning on the seeds before the first round; the result is the run's initial model."""
 
@@ -350,6 +389,11 @@ class Server(Section):
     input_price: float = Field(0.0, ge=0)  # USD per million tokens
     output_price: float = Field(0.0, ge=0)
     ceiling_usd: float | None = Field(None, gt=0)  # of a stage; it stops there, to be resumed
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on."""
+        return {"url": self.url, "model": self.model, "structured_output": self.structured_output}
 
     @pydantic.model_validator(mode="after")
     def _ceiling_has_prices(self) -> Self:

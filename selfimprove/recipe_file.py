@@ -9,7 +9,7 @@ from typing import Any
 import tomlkit
 
 from selfimprove.errors import UsageError, UserError
-from selfimprove.recipe import Data, Edit, Model, Recipe, put, shipped, validated
+from selfimprove.recipe import Choice, Data, Edit, Model, Recipe, put, shipped, validated
 
 
 def shipped_recipes() -> list[Path]:
@@ -54,16 +54,33 @@ def find(name: str) -> Path:
 
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that a run stays whole wherever it is resumed from."""
-
-    def fixed(name: str) -> str:
-        return str(Path(name).resolve()) if not name.startswith("demo:") and Path(name).exists() else name
-
-    data = {name: fixed(value) for name, value in recipe.data.model_dump().items()}
-    changed: dict[str, Any] = {"model": Model(path=fixed(recipe.model.path)), "data": Data(**data)}
+    changed: dict[str, Any] = {
+        "model": Model(path=_absolute(recipe.model.path)),
+        "data": Data(**{name: _absolute(value) for name, value in recipe.data.model_dump().items()}),
+    }
     if recipe.train.reference_path:
-        path = fixed(recipe.train.reference_path)
+        path = _absolute(recipe.train.reference_path)
         changed["train"] = recipe.train.model_copy(update={"reference_path": path})
+    if recipe.label.judge:
+        update: dict[str, Any] = {"judge": _absolute_judge(recipe.label.judge)}
+        if recipe.label.audit and recipe.label.audit.second:
+            second = _absolute_judge(recipe.label.audit.second)
+            update["audit"] = recipe.label.audit.model_copy(update={"second": second})
+        changed["label"] = recipe.label.model_copy(update=update)
     return recipe.model_copy(update=changed)
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if not name.startswith("demo:") and Path(name).exists() else name
+
+
+def _absolute_judge(choice: Choice) -> Choice:
+    """A judge whose model is a directory, with its whole path; those of an ensemble too."""
+    table = choice.model_dump()
+    for one in [table, *table.get("judges", [])]:
+        if isinstance(one.get("model"), str):
+            one["model"] = _absolute(one["model"])
+    return Choice.model_validate(table)
 
 
 def dump(recipe: Recipe) -> str:

@@ -53,6 +53,24 @@ class Verdict:
     judge: str
     score: float | None
     reason: str
+    reply: str = ""  # the judge's own words, where it has any
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A judge's preference between two completions of a prompt, P(first is better), shown in both orders."""
+
+    prompt_id: str
+    first_source: str
+    first_sample: int
+    second_source: str
+    second_sample: int
+    judge: str
+    forward: float | None
+    swapped: float | None  # turned back: P(first is better) where the first was shown second
+    reason: str
+    forward_reply: str
+    swapped_reply: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +95,31 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Flip:
-    """A label that scores have turned over: the generated answer is chosen, the anchor (gold or rewrite) rejected."""
+    """A label that scores have turned over: what was chosen is now rejected."""
 
     pair_id: str
     prompt_id: str
-    iteration: int
-    anchor: str  # "gold" or "improver"
-    anchor_score: float | None
-    generated_score: float | None
+    iteration: int  # in which it was turned over
+    why: str  # "dynamic": the generated answer beats the anchor; "relabelled": an earlier pair, scored anew
+    was_chosen: str  # source
+    was_rejected: str
+    was_chosen_score: float | None  # that turned it over
+    was_rejected_score: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """An answer of the first round that every round judges again, with its score of then."""
+
+    prompt_id: str
+    prompt: str
+    source: str
+    sample: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    answer: str | None
+    score: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from selfimprove import recipe_file
 from selfimprove.engine import Engines
-from selfimprove.engine.protocol import Engine
+from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
 from selfimprove.models import is_hub_id, locate_model
@@ -154,6 +154,9 @@ def execute(
     def engine() -> Engine:
         return engines.get(chosen.engine, chosen.machine, sources.path(INITIAL), run.path / "logs" / "engine.log")
 
+    def other(model: Path, task: Task) -> Any:
+        return engines.judge(chosen.engine, chosen.machine, model, run.path / "logs" / "judge.log", task)
+
     def progress(what: str, done: int, total: int) -> None:
         interrupts.check()
         display.progress(what, done, total)
@@ -176,6 +179,8 @@ def execute(
         scratch=run.path / "scratch" / key_of(ingredients)[:32],
         cache=run.path / "cache",
         open_engine=engine,
+        open_other=other,
+        servers={name: chosen.servers[name] for name in step.servers},
         progress=progress,
     )
     try:

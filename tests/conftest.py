@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from selfimprove import cli
+from selfimprove.data import SHIPPED
 
 SMALL = [  # the embedded default in miniature: everything real, a fraction of the work
     "--set", "synthesize.prompts=60",
@@ -17,6 +18,19 @@ SMALL = [  # the embedded default in miniature: everything real, a fraction of t
     "--set", "synthesize.generator.epochs=2",
     "--set", "train.optimizer.epochs=1",
 ]  # fmt: skip
+
+QUICK = [  # with the fixture `cut_data`: a whole run in seconds
+    "--engine", "fake", "--set", "evaluate.n=1",
+    "--set", "data.seeds=seeds.jsonl", "--set", "data.heldout=heldout.jsonl",
+    "--set", "control.optimizer.epochs=1", "--set", "train.optimizer.epochs=1",
+]  # fmt: skip
+
+
+def cut(rows: int) -> None:
+    """Write the first rows of the embedded seeds and held-out prompts into the working directory."""
+    for name in ("seeds", "heldout"):
+        lines = SHIPPED[f"demo:{name}"].read_text(encoding="utf-8").splitlines(keepends=True)
+        Path(f"{name}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
 
 
 class Result:
@@ -42,6 +56,13 @@ def selfimprove(*arguments: str) -> Result:
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def cut_data(in_tmp: Path) -> Path:
+    """The first 40 rows of the embedded seeds and held-out prompts, as files in the working directory."""
+    cut(40)
+    return in_tmp
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from selfimprove import doctor
+from selfimprove.errors import UserError
 from tests.conftest import selfimprove
 
 
@@ -50,6 +51,15 @@ def test_little_memory_and_disk(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("D", (), {"free": 2**20})())
     assert doctor._disk().state == "warn"
     assert doctor._disk().remedy
+
+
+def test_a_sandbox_without_walls_is_a_warning_with_its_remedy(monkeypatch):
+    def refuse():
+        raise UserError("the code sandbox does not work here", "sysctl user.max_user_namespaces=15000")
+
+    monkeypatch.setattr(doctor.sandbox, "check", refuse)
+    finding = doctor._sandbox()
+    assert (finding.state, finding.remedy) == ("warn", "sysctl user.max_user_namespaces=15000")
 
 
 def test_an_engine_that_does_not_start_is_a_finding_not_a_traceback(monkeypatch, tmp_path):

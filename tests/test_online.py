@@ -19,22 +19,8 @@ from selfimprove.engine.protocol import Options
 from selfimprove.engine.transformers_engine import TransformersEngine
 from selfimprove.stages.generate import cut, spliced
 from selfimprove.training import export, weights
-from tests.conftest import selfimprove
+from tests.conftest import QUICK, selfimprove
 from tests.training.conftest import MODEL, tiny
-
-QUICK = [
-    "--engine", "fake", "--set", "evaluate.n=1",
-    "--set", "data.seeds=seeds.jsonl", "--set", "data.heldout=heldout.jsonl",
-    "--set", "control.optimizer.epochs=1", "--set", "train.optimizer.epochs=1",
-]  # fmt: skip
-
-
-@pytest.fixture
-def few(in_tmp):
-    for name in ("seeds", "heldout"):
-        rows = SHIPPED[f"demo:{name}"].read_text(encoding="utf-8").splitlines(keepends=True)
-        Path(f"{name}.jsonl").write_text("".join(rows[:40]), encoding="utf-8")
-    return in_tmp
 
 
 def ran(name, *settings, rounds=2):
@@ -78,7 +64,7 @@ class TestSplice:
         assert spliced(gold, 2, [7, 8, 0], 2, True) == ([1, 2, 7, 8, 5, 6, 0], True)  # that end was not used
         assert spliced(gold, 5, [7, 8, 9], 3, False) == ([1, 2, 3, 4, 5, 7, 8, 9], False)
 
-    def test_every_token_has_the_log_prob_of_the_model_that_wrote_the_segment(self, few):
+    def test_every_token_has_the_log_prob_of_the_model_that_wrote_the_segment(self, cut_data):
         settings = ['generate.policy="current"', "evaluate.max_tokens=4", "generate.n=2"]
         result = selfimprove(
             "iterate", "sapo", "--rounds", "1", *QUICK, *(p for s in settings for p in ("--set", s)),
@@ -131,7 +117,7 @@ class TestAverage:
 
 
 class TestSapo:
-    def test_averages_follow_one_another_and_write_and_judge_the_next_round(self, few):
+    def test_averages_follow_one_another_and_write_and_judge_the_next_round(self, cut_data):
         run = ran("sapo", "train.replay.draws=30", rounds=3)
 
         def parameters(place):
@@ -162,7 +148,7 @@ class TestSapo:
 
 
 class TestD2po:
-    def test_gold_labels_add_up_and_every_answer_is_scored_by_the_discriminator(self, few):
+    def test_gold_labels_add_up_and_every_answer_is_scored_by_the_discriminator(self, cut_data):
         run = ran("d2po", "discriminate.labels=10", "discriminate.optimizer.epochs=1")
         seen = []
         for t in (1, 2):
@@ -193,7 +179,7 @@ class TestD2po:
         first = json.loads((run / "iter-002/2-discriminate/discriminator-metrics.jsonl").read_text().splitlines()[0])
         assert first["loss"] == pytest.approx(0.693147, abs=1e-5)  # from the initial model, against it
 
-    def test_scores_are_implicit_rewards_and_labels_go_to_the_smallest_gaps(self, few):
+    def test_scores_are_implicit_rewards_and_labels_go_to_the_smallest_gaps(self, cut_data):
         run = ran("d2po", "discriminate.labels=10", "discriminate.optimizer.epochs=1")
         from selfimprove.engine.fake_engine import FakeEngine
 
@@ -217,7 +203,7 @@ class TestD2po:
 
 class TestAcquire:
     @pytest.mark.parametrize("by", ["entropy", "certainty", "random"])
-    def test_only_what_was_acquired_is_judged_and_nothing_twice(self, few, by):
+    def test_only_what_was_acquired_is_judged_and_nothing_twice(self, cut_data, by):
         run = ran("active_dpo", "generate.n=4", f'label.acquire.by="{by}"', "label.acquire.prompts=15", rounds=3)
         known = set()
         for t, size in ((1, 15), (2, 15), (3, 10)):
@@ -243,7 +229,7 @@ class TestAcquire:
         assert result.code == 1
         assert "every prompt has been labelled in an earlier round" in result.err
 
-    def test_before_any_training_certainty_is_a_draw(self, few):
+    def test_before_any_training_certainty_is_a_draw(self, cut_data):
         """All implicit rewards are zero then; what the engines' rounding makes of them must not choose."""
         run = ran("active_dpo", "generate.n=2", 'label.acquire.by="certainty"', "label.acquire.prompts=15")
         values = [manifest(run / f"iter-00{t}/2-label")["metrics"]["uncertainty of the pool"] for t in (1, 2)]

@@ -34,14 +34,6 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def tiny_data(in_tmp):
-    for name in ("seeds", "heldout"):
-        lines = SHIPPED[f"demo:{name}"].read_text(encoding="utf-8").splitlines(keepends=True)
-        Path(f"{name}.jsonl").write_text("".join(lines[:40]), encoding="utf-8")
-    return in_tmp
-
-
 def keys(run: Path) -> dict[str, str]:
     return {
         str(m.parent.relative_to(run)): json.loads(m.read_text())["key"] for m in run.glob("iter-*/*/manifest.json")
@@ -84,7 +76,7 @@ def kill_at(stage: str, process: subprocess.Popen[str], run: Path, signal_number
 
 
 class TestResume:
-    def test_sigkill_in_every_stage_and_the_result_is_that_of_an_uninterrupted_run(self, tiny_data):
+    def test_sigkill_in_every_stage_and_the_result_is_that_of_an_uninterrupted_run(self, cut_data):
         assert selfimprove("iterate", "--run", "whole", *TINY).code == 0
         whole = Path("runs/whole")
         chosen = recipe_file.load(whole / "recipe.toml")
@@ -118,7 +110,7 @@ class TestResume:
         assert selfimprove("verify", "broken").code == 0
 
     @pytest.mark.parametrize("delay", [0, 0.001, 0.1])  # at once: while the stage is only being set up
-    def test_ctrl_c_ends_with_130_leaves_nothing_half_written_and_says_how_to_go_on(self, tiny_data, delay):
+    def test_ctrl_c_ends_with_130_leaves_nothing_half_written_and_says_how_to_go_on(self, cut_data, delay):
         process = program("iterate", "--run", "stopped", *TINY)
         run = Path("runs/stopped")
         while not (run / "iter-000/2-control.partial").exists():
@@ -146,7 +138,7 @@ class TestResume:
         after = {path: path.stat().st_mtime_ns for path in fake_run.rglob("*") if path.is_file()}
         assert {p.name for p in after if before.get(p) != after[p]} <= {".lock"}
 
-    def test_a_row_too_long_for_a_helper_models_training_is_counted_and_breaks_no_contract(self, tiny_data):
+    def test_a_row_too_long_for_a_helper_models_training_is_counted_and_breaks_no_contract(self, cut_data):
         long = ["--set", "synthesize.generator.max_length=50", "--set", "synthesize.generator.max_dropped_share=1.0"]
         result = selfimprove("iterate", "--run", "long", *TINY, *long)
         assert result.code == 0, result.err
@@ -250,7 +242,7 @@ class TestStale:
         assert not list(fake_run.glob("aside/*/iter-001"))  # what was not made from it stays
         assert selfimprove("resume", "fake", "--again", "iter-002/9-label").code == 1
 
-    def test_a_changed_input_file_is_named(self, tiny_data):
+    def test_a_changed_input_file_is_named(self, cut_data):
         assert selfimprove("iterate", "--run", "r", *TINY).code == 0
         with Path("seeds.jsonl").open("a") as file:
             file.write('{"prompt": "Sort: b a.", "completion": "a b"}\n')
@@ -260,11 +252,12 @@ class TestStale:
     def test_a_changed_stage_version_is_named(self, fake_run, monkeypatch):
         from selfimprove.stages import label
 
+        was = label.VERSION
         monkeypatch.setattr(label, "VERSION", 99)
         planned = {
             (p["iteration"], p["stage"]): p["why"] for p in json.loads(selfimprove("plan", "fake", "--json").out)
         }
-        assert planned[1, "3-label"] == "version 2 -> 99"
+        assert planned[1, "3-label"] == f"version {was} -> 99"
 
     def test_a_changed_template_is_named(self, fake_run, monkeypatch, tmp_path):
         from selfimprove import chat
@@ -278,7 +271,7 @@ class TestStale:
         }
         assert planned[1, "1-synthesize"] == "templates.synthesize changed"
 
-    def test_a_run_whose_seed_file_is_gone_can_still_be_looked_at(self, tiny_data):
+    def test_a_run_whose_seed_file_is_gone_can_still_be_looked_at(self, cut_data):
         assert selfimprove("iterate", "--run", "r", *TINY).code == 0
         Path("seeds.jsonl").unlink()
         told = json.loads(selfimprove("status", "r", "--json").out)

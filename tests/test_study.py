@@ -13,11 +13,10 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from selfimprove import recipe_file, store, study
-from selfimprove.data import SHIPPED
 from selfimprove.engine import Engines
 from selfimprove.errors import UserError
 from selfimprove.run import adopt, iterate
-from tests.conftest import selfimprove
+from tests.conftest import cut, selfimprove
 from tests.test_run import contents, keys, program
 
 TINY = """
@@ -49,9 +48,7 @@ set = { "train.loss" = { name = "dpo", beta = 0.5, nonsense = 3 } }
 
 @pytest.fixture
 def folder(in_tmp):
-    for name in ("seeds", "heldout"):
-        lines = SHIPPED[f"demo:{name}"].read_text(encoding="utf-8").splitlines(keepends=True)
-        Path(f"{name}.jsonl").write_text("".join(lines[:24]), encoding="utf-8")
+    cut(24)
     Path("tiny.toml").write_text(TINY, encoding="utf-8")
     return in_tmp
 

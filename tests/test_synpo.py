@@ -19,7 +19,7 @@ from selfimprove.records import Generation, Pair, Prompt
 from selfimprove.stages import train
 from selfimprove.training import launch
 from selfimprove.training.job import PairRow
-from tests.conftest import selfimprove
+from tests.conftest import cut, selfimprove
 from tests.test_dedup import jaccard
 
 QUOTA, SIMILARITY, NGRAM = 8, 0.4, 8
@@ -35,12 +35,6 @@ TINY = [
     "--set", "train.optimizer.epochs=1",
     "--set", "train.optimizer.batch_size=4",
 ]  # fmt: skip
-
-
-def tiny_data() -> None:
-    for name in ("seeds", "heldout"):
-        lines = SHIPPED[f"demo:{name}"].read_text(encoding="utf-8").splitlines(keepends=True)
-        Path(f"{name}.jsonl").write_text("".join(lines[:60]), encoding="utf-8")
 
 
 def copy_helpers(patch: pytest.MonkeyPatch, jobs: list) -> None:
@@ -64,7 +58,7 @@ def synpo(tmp_path_factory):
     search = ['train.loss={name="simpo", gamma=1.0}', "train.search.betas=[4, 2]", "train.search.heldout_share=0.25"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        tiny_data()
+        cut(60)
         jobs = []
         copy_helpers(patch, jobs)
         asked = [part for setting in search for part in ("--set", setting)]
@@ -169,7 +163,7 @@ class TestInvariants:
 
 class TestGoldDistillation:
     def test_the_golds_are_learned_without_drafts_and_the_prompts_answered_directly(self, in_tmp, monkeypatch):
-        tiny_data()
+        cut(60)
         jobs, requests = [], []
         copy_helpers(monkeypatch, jobs)
         real = FakeEngine.generate

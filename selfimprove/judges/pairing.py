@@ -1,10 +1,12 @@
 """Pairing rules: the judged completions of one prompt in, pairs out or the reason why there is none. Pure functions."""
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
 
-from selfimprove.judges import Candidate
+from pydantic import Field
+
+from selfimprove.judges.protocol import Candidate, Opinion, Preference
 from selfimprove.records import Message, Pair
 
 
@@ -44,6 +46,7 @@ def as_row(
     )
 
 
+Key = tuple[str, str, int]  # of a candidate
 Pairs = list[tuple[Judged, Judged]]  # (chosen, rejected)
 Rule = Callable[[Sequence[Judged], random.Random], Pairs | Dropped]
 
@@ -53,14 +56,10 @@ def best_vs_worst(judged: Sequence[Judged], rng: random.Random, *, max_pairs: in
 
     Ties are broken at random, equal texts count once, a truncated answer is never chosen.
     """
-    own = [j for j in judged if j.candidate.source == "current"]
-    own.sort(key=lambda j: j.candidate.finish_reason != "length")  # of equal texts the last one counts: a whole one
-    scored = [(j, j.score) for j in {j.candidate.text: j for j in own}.values() if j.score is not None]
-    if not scored:
-        return Dropped("no score")
-    rng.shuffle(scored)
-    ranked = sorted(scored, key=lambda pair: -pair[1])
-    whole = [pair for pair in ranked if pair[0].candidate.finish_reason != "length"]
+    ranked = _ranked(judged, rng)
+    if isinstance(ranked, Dropped):
+        return ranked
+    whole = [pair for pair in ranked if _whole(pair[0])]
     if not whole:
         return Dropped("every answer truncated")
     best, high = whole[0]
@@ -155,8 +154,140 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def best_vs_random(judged: Sequence[Judged], rng: random.Random) -> Pairs | Dropped:
+    """The best of the current policy's samples against a random one that scores less.
+
+    The worst answer is often wrong in a way that teaches little; a random one is nearer (the "best-vs-random" rule of
+    West-of-N and RSO's sampling, arXiv 2309.06657).
+    """
+    ranked = _ranked(judged, rng)
+    if isinstance(ranked, Dropped):
+        return ranked
+    best = next((pair for pair in ranked if _whole(pair[0])), None)
+    if best is None:
+        return Dropped("every answer truncated")
+    worse = [j for j, score in ranked if score < best[1]]
+    return [(best[0], rng.choice(worse))] if worse else Dropped("no score gap")
+
+
+def all_pairs(judged: Sequence[Judged], rng: random.Random) -> Pairs | Dropped:
+    """Every two of the current policy's samples of different score; label.min_margin says how different."""
+    ranked = _ranked(judged, rng)
+    if isinstance(ranked, Dropped):
+        return ranked
+    pairs = [(a, b) for a, high in ranked if _whole(a) for b, low in ranked if low < high]
+    return pairs or Dropped("no score gap")
+
+
+def top_k(judged: Sequence[Judged], rng: random.Random, *, k: Annotated[int, Field(ge=1)] = 2) -> Pairs | Dropped:
+    """Each of the `k` best of the current policy's samples against each of the `k` worst that scores less."""
+    ranked = _ranked(judged, rng)
+    if isinstance(ranked, Dropped):
+        return ranked
+    best = [pair for pair in ranked if _whole(pair[0])][:k]
+    if not best:
+        return Dropped("every answer truncated")
+    pairs = [(a, b) for a, high in best for b, low in reversed(ranked[-k:]) if low < high]
+    return pairs or Dropped("no score gap")
+
+
+def _ranked(judged: Sequence[Judged], rng: random.Random) -> list[tuple[Judged, float]] | Dropped:
+    """The current policy's samples of known score, best first, ties at random; equal texts count once."""
+    own = [j for j in judged if j.candidate.source == "current"]
+    own.sort(key=_whole)  # of equal texts the last one counts: a whole one
+    scored = [(j, j.score) for j in {j.candidate.text: j for j in own}.values() if j.score is not None]
+    rng.shuffle(scored)
+    return sorted(scored, key=lambda pair: -pair[1]) if scored else Dropped("no score")
+
+
+def _whole(one: Judged) -> bool:
+    return one.candidate.finish_reason != "length"
+
+
+class Refused(NamedTuple):
+    """A pair that a rule proposed and something speaks against."""
+
+    pair: tuple[Judged, Judged]
+    reason: str
+
+
+def kept(
+    proposed: Pairs,
+    min_margin: float,
+    max_length_ratio: float | None,
+    compared: Mapping[tuple[Key, Key], Preference] | None,
+) -> tuple[Pairs, list[Refused]]:
+    """The proposed pairs that stay, and those that do not, each with its reason.
+
+    Args:
+        proposed: (chosen, rejected) of one prompt.
+        min_margin: smallest score gap.
+        max_length_ratio: of chosen to rejected, in tokens; None = any.
+        compared: what a judge that compares found; a pair stays only where both orders prefer the chosen answer.
+    """
+    stay, refused = [], []
+    for pair in proposed:
+        reason = _against(*pair, min_margin, max_length_ratio, compared)
+        if reason:
+            refused.append(Refused(pair, reason))
+        else:
+            stay.append(pair)
+    return stay, refused
+
+
+def _against(
+    chosen: Judged,
+    rejected: Judged,
+    min_margin: float,
+    max_length_ratio: float | None,
+    compared: Mapping[tuple[Key, Key], Preference] | None,
+) -> str:
+    if not _whole(chosen):
+        return "chosen answer truncated"
+    if compared is not None:
+        preference = _between(chosen.candidate.key, rejected.candidate.key, compared)
+        if preference is None or preference.mean is None:
+            return "comparison unknown"
+        if not preference.consistent:
+            return "the judge's two orders disagree"
+        if preference.mean < 0.5:
+            return "the judge prefers the rejected answer"
+    if min_margin:
+        if chosen.score is None or rejected.score is None:
+            return "score unknown"
+        if chosen.score - rejected.score < min_margin:
+            return "score gap too small"
+    lengths = len(chosen.candidate.token_ids), len(rejected.candidate.token_ids)
+    if max_length_ratio is not None and lengths[0] > max_length_ratio * lengths[1]:
+        return "chosen answer too long"
+    return ""
+
+
+def _between(a: Key, b: Key, compared: Mapping[tuple[Key, Key], Preference]) -> Preference | None:
+    """The preference of `a` over `b`, whichever way they were compared."""
+    if (a, b) in compared:
+        return compared[a, b]
+    found = compared.get((b, a))
+    if found is None or found.forward is None or found.swapped is None:
+        return None
+    return found._replace(forward=1 - found.forward, swapped=1 - found.swapped)
+
+
+def shares_won(compared: Mapping[tuple[Key, Key], Preference]) -> dict[Key, Opinion]:
+    """The share of its comparisons that each answer wins, both orders counted, where one is known."""
+    wins: dict[Key, list[float]] = {}
+    for (a, b), preference in compared.items():
+        if preference.mean is not None:
+            wins.setdefault(a, []).append(preference.mean)
+            wins.setdefault(b, []).append(1 - preference.mean)
+    return {key: Opinion(sum(of) / len(of), f"mean of {len(of)} comparisons") for key, of in wins.items()}
+
+
 RULES: dict[str, Callable[..., Pairs | Dropped]] = {
     "best_vs_worst": best_vs_worst,
+    "best_vs_random": best_vs_random,
+    "all_pairs": all_pairs,
+    "top_k": top_k,
     "gold_vs_generated": gold_vs_generated,
     "dynamic": dynamic,
     "improver_vs_initial": improver_vs_initial,

@@ -21,8 +21,13 @@ class Candidate:
     answer: str | None = None  # a reference answer, where the data has one
 
     @property
-    def name(self) -> str:
+    def key(self) -> tuple[str, str, int]:
         """Identifies it within a stage."""
+        return self.prompt_id, self.source, self.sample
+
+    @property
+    def name(self) -> str:
+        """The same, as text."""
         return f"{self.prompt_id}/{self.source}/{self.sample}"
 
 

@@ -42,7 +42,9 @@ def rubric(
     questions: dict[tuple[str, str], Question] = {}
     for c in candidates:
         if (c.prompt, c.text) not in questions:
-            words = {"question": c.prompt, "answer": c.text, "nonce": panel.nonce(c.name)}
+            words = {"question": c.prompt, "answer": c.text}
+            if template != "demo":
+                words["nonce"] = panel.nonce(c.name)
             questions[c.prompt, c.text] = Question(c.name, chat.render(f"judge/{template}", words))
     schema = reading.score_schema(scale.lowest, scale.highest)
     replies = panel.ask(model, list(questions.values()), n, temperature, max_tokens, schema)

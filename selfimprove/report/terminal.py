@@ -22,6 +22,7 @@ class Watcher:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.score = ""
+        self._where = ""
         self._begun = 0.0
         self._first: dict[str, tuple[float, int]] = {}  # when a count was first told, and what it was
         self._said: dict[str, float] = {}
@@ -57,7 +58,7 @@ class Watcher:
             self._tasks[""] = self._bars.add_task(f"{self._where} starting", total=None, rate="", score=self.score)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """See run.Display."""
+        """See run.Display; what stands in parentheses, as a cost, changes on the way."""
         now = time.monotonic()
         name = what.partition(" (")[0]  # what follows changes as it goes on: the cost so far
         first, had = self._first.setdefault(name, (now, done))  # what an earlier process did is no speed of this one
@@ -67,7 +68,7 @@ class Watcher:
                 self._bars.remove_task(self._tasks.pop(""))
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task("", total=total, rate="", score="")
-            told = f"{self._where} {what}"
+            told = f"{self._where} {what}".strip()
             self._bars.update(self._tasks[name], description=told, completed=done, rate=rate, score=self.score)
         elif now - self._said.get(name, first) > 10 and done < total:
             self._said[name] = now

@@ -31,7 +31,7 @@ def check(section: recipe.Discriminate) -> Judge:
         UserError: unknown, or one that is no source of gold labels.
     """
     judge = judges.bind(section.judge)
-    if section.judge.name == "discriminator" or judges.JUDGES[section.judge.name].asks_models:
+    if section.judge.name == "discriminator" or judges.models(section.judge):
         raise UserError(
             f"discriminate.judge '{section.judge.name}' asks models of the run, and gold labels come from outside",
             'for example discriminate.judge = { name = "verifier", checker = "exact" }',
@@ -133,7 +133,7 @@ def _gold(io: StageIO, section: recipe.Discriminate, rows: Sequence[Generation])
     """The best against the worst answer of each prompt by the judge's verdicts, and these."""
     seeds = {s.prompt_id: s for s in data.read_seeds(io.inputs["seeds"])} if "seeds" in io.inputs else {}
     candidates = [judges.candidate(r, seeds[r.prompt_id].completion if r.prompt_id in seeds else None) for r in rows]
-    opinions = check(section)(candidates, io)
+    opinions = check(section)(candidates, io.judging)
     identity = judges.identity(section.judge)
     io.out.write_rows(
         "labels",

@@ -25,7 +25,7 @@ def check(section: recipe.Evaluate) -> Judge:
         UserError: unknown, or one that is no measure from outside the run.
     """
     judge = judges.bind(section.judge)
-    if not judges.JUDGES[section.judge.name].fixed:
+    if not judges.fixed(section.judge) or judges.models(section.judge):
         raise UserError(
             f"evaluate.judge '{section.judge.name}' cannot score held-out answers",
             'for example evaluate.judge = { name = "verifier", checker = "exact" }',
@@ -49,7 +49,7 @@ def run(io: StageIO, section: recipe.Evaluate) -> None:
         ]
         samples += [
             Sample(c.prompt_id, c.prompt, mode, c.sample, c.text, c.finish_reason, opinion.score, opinion.reason)
-            for c, opinion in zip(candidates, judge(candidates, io), strict=True)
+            for c, opinion in zip(candidates, judge(candidates, io.judging), strict=True)
         ]
         io.out.metrics[f"{mode} mean tokens"] = sum(len(r.token_ids) for r in rows) / max(1, len(rows))
         io.out.metrics[f"{mode} truncated share"] = sum(r.finish_reason == "length" for r in rows) / max(1, len(rows))

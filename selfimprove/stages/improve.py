@@ -10,7 +10,8 @@ from pathlib import Path
 
 from selfimprove import chat, data, recipe
 from selfimprove.errors import UserError
-from selfimprove.judges import candidate, verifier
+from selfimprove.judges import candidate
+from selfimprove.judges.verifiers import verifier
 from selfimprove.records import Generation, Seed
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import read_rows

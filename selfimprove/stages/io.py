@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from selfimprove import recipe
 from selfimprove.chat import Chat
-from selfimprove.engine.protocol import Engine, Request, Sampling
+from selfimprove.engine.protocol import Engine, Request, Sampling, Task
 from selfimprove.judges import Opinion
+from selfimprove.judges.panel import Models, remembered, score
 from selfimprove.records import Generation, Verdict
 from selfimprove.store import Artifact, model_identity, read_rows, row_seed
 from selfimprove.training.job import Job, PairRow, Weights
@@ -43,6 +44,8 @@ class StageIO:
     scratch: Path  # of this very artifact; what a killed process left there is this artifact's and no other's
     cache: Path  # reference log-probs of the run, by content
     open_engine: Callable[[], Engine]
+    open_other: Callable[[Path, Task], Any]  # an engine of another model's own
+    servers: Mapping[str, recipe.Server]
     progress: Callable[[str, int, int], None]  # what, done, total
 
     @cached_property
@@ -70,8 +73,6 @@ class StageIO:
             seed = self.row_seed(f"{source}/{ask.prompt_id}/{ask.sample}")
             asked.append(ask)
             requests.append(Request(ids, n, seed))
-        engine = self.open_engine()
-        engine.swap(model)
         parameters = Sampling(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -79,9 +80,22 @@ class StageIO:
             stop_token_ids=self.chat.stop_token_ids,
             stop=sampling.stop,
         )
-        answers = engine.generate(requests, parameters, lambda done, total: self.progress(what, done, total))
         known = {path: self.identities[name] for name, path in self.models.items()}
         policy = known.get(model) or model_identity(model)  # a model trained within the stage is in no key
+
+        def serving() -> Engine:
+            engine = self.open_engine()
+            engine.swap(model)
+            return engine
+
+        answers = remembered(
+            self.judging.journal,
+            serving,
+            f"{policy}/{self.engine_section.model_dump_json()}",
+            requests,
+            parameters,
+            lambda done, total: self.progress(what, done, total),
+        )
         rows = [
             Generation(
                 prompt_id=ask.prompt_id,
@@ -103,51 +117,32 @@ class StageIO:
         return rows
 
     @cached_property
-    def opinions(self) -> Mapping[tuple[str, str, int], Opinion]:
-        """See judges.Panel."""
-        if "opinions" not in self.inputs:
-            return {}
-        rows = read_rows(self.inputs["opinions"], "verdicts", Verdict)
-        return {(v.prompt_id, v.source, v.sample): Opinion(v.score, v.reason) for v in rows}
-
-    def answers(
-        self, model: str, requests: Sequence[tuple[str, str]], n: int, temperature: float, max_tokens: int
-    ) -> list[list[str]]:
-        """See judges.Panel."""
-        room = self.engine_section.max_model_len - max_tokens
-        ids = [self.chat.prompt_ids(text) for _, text in requests]
-        fitting = [i for i, one in enumerate(ids) if len(one) <= room]
-        asked = [Request(ids[i], n, self.row_seed(f"judge/{requests[i][0]}")) for i in fitting]
-        engine = self.open_engine()
-        engine.swap(self.models[model])
-        parameters = Sampling(temperature, 1.0, max_tokens, self.chat.stop_token_ids)
-        found = engine.generate(asked, parameters, lambda done, total: self.progress("judging", done, total))
-        replies: list[list[str]] = [[] for _ in requests]
-        for i, completions in zip(fitting, found, strict=True):
-            replies[i] = [self.chat.text(completion.token_ids) for completion in completions]
-            self.out.tokens += sum(len(completion.token_ids) for completion in completions)
-        return replies
-
-    def logps(self, model: str, rows: Sequence[tuple[str, Sequence[int]]]) -> list[float | None]:
-        """See judges.Panel."""
-        scored = self.score(self.models[model], [(self.chat.prompt_ids(text), ids) for text, ids in rows])
-        return [None if logprobs is None else sum(logprobs) for logprobs in scored]
+    def judging(self) -> Models:
+        """The models that judges may ask."""
+        opinions = {}
+        if "opinions" in self.inputs:
+            rows = read_rows(self.inputs["opinions"], "verdicts", Verdict)
+            opinions = {(v.prompt_id, v.source, v.sample): Opinion(v.score, v.reason) for v in rows}
+        return Models(
+            seed=self.row_seed,
+            engine_section=self.engine_section,
+            servers=self.servers,
+            paths=self.models,
+            identities=self.identities,
+            open_engine=self.open_engine,
+            open_other=self.open_other,
+            scratch=self.scratch,
+            cache=self.cache,
+            account=self.scratch.name,
+            progress=self.progress,
+            opinions=opinions,
+        )
 
     def score(self, model: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float] | None]:
-        """Log-probability under `model` of each token of an answer, given its prompt and what stands before it.
-
-        None for an empty answer, and where the context is too small: an engine scores a sequence only where one token
-        more would fit.
-        """
-        limit = self.engine_section.max_model_len
-        fitting = [i for i, (prompt, ids) in enumerate(rows) if ids and len(prompt) + len(ids) < limit]
+        """Log-probability under `model` of each token of an answer; see judges.panel.score."""
         engine = self.open_engine()
         engine.swap(model)
-        scored = engine.prompt_logprobs([[*rows[i][0], *rows[i][1]] for i in fitting])
-        found: list[list[float] | None] = [None] * len(rows)
-        for i, logprobs in zip(fitting, scored, strict=True):
-            found[i] = logprobs[len(rows[i][0]) - 1 :]
-        return found
+        return score(engine, rows, self.engine_section.max_model_len)
 
     def admit(
         self,

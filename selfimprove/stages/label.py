@@ -1,24 +1,44 @@
 """Verdicts on completions, and the preference pairs that follow from them."""
 
+import dataclasses
 import itertools
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from selfimprove import data, judges, recipe
 from selfimprove.errors import UserError
-from selfimprove.judges import JUDGES, Candidate, Judge, Opinion, acquisition
-from selfimprove.judges.pairing import RULES, Dropped, Judged, Rule, as_row
-from selfimprove.records import Flip, Generation, Pair, Seed, Verdict
+from selfimprove.judges import Candidate, Opinion, Preference
+from selfimprove.judges.pairing import RULES, Dropped, Judged, Rule, as_row, kept, shares_won
+from selfimprove.judges.panel import SERVER
+from selfimprove.records import Comparison, Flip, Generation, Pair, Seed, Verdict
+from selfimprove.stages.acquire import acquired
 from selfimprove.stages.io import StageIO
+from selfimprove.stages.judge_audit import write_audit
 from selfimprove.store import read_rows
 
-VERSION = 2
-TEMPLATES: tuple[str, ...] = ("rate", "rate_additive")
+VERSION = 3
+TEMPLATES: tuple[str, ...] = (
+    "judge/hundred",
+    "judge/additive",
+    "judge/demo",
+    "judge/pairwise",
+    "judge/pairwise_label",
+)
 UNSCORED_RULES = frozenset({"gold_vs_generated"})
+Name = tuple[str, str, int]  # prompt_id, source, sample
 
 
-def check(section: recipe.Label) -> tuple[Judge | None, Rule]:
-    """The judge and the pairing rule that a recipe names.
+class Findings(NamedTuple):
+    """What a judge made of the candidates, in their order; and of two at a time, where it compares."""
+
+    opinions: list[Opinion]
+    preferences: Mapping[tuple[Name, Name], Preference]
+
+
+def check(section: recipe.Label) -> Rule:
+    """The pairing rule that a recipe names, its judge looked at too.
 
     Raises:
         UserError: unknown name or parameter, or a rule that lacks the judge it needs.
@@ -27,62 +47,70 @@ def check(section: recipe.Label) -> tuple[Judge | None, Rule]:
     if section.judge is None:
         if section.pairing.name not in UNSCORED_RULES:
             raise UserError(f"pairing '{section.pairing.name}' needs a judge", "add [label.judge]")
-        return None, rule
+        for name, given in [("min_margin", section.min_margin), ("relabel", section.relabel), ("audit", section.audit)]:
+            if given:
+                raise UserError(f"label.{name} needs a judge", "add [label.judge], or remove the key")
+        return rule
     if section.pairing.name in UNSCORED_RULES:
         raise UserError(f"pairing '{section.pairing.name}' looks at no score", "remove [label.judge]")
-    return judges.bind(section.judge), rule
+    judges.check(section.judge)
+    if section.audit and section.audit.second:
+        judges.bind(section.audit.second)
+    return rule
 
 
-def asks_models(section: recipe.Label) -> bool:
-    """Whether labelling needs models of the run, and so an engine."""
-    judging = section.judge is not None and section.judge.name in JUDGES and JUDGES[section.judge.name].asks_models
-    return judging or (section.acquire is not None and section.acquire.by == "certainty")
+def all_judges(section: recipe.Label) -> list[recipe.Choice]:
+    """The judge, the members of an ensemble, and the audit's second judge."""
+    named = [section.judge, section.audit.second if section.audit else None]
+    return [one for choice in named if choice for one in (choice, *judges.members(choice))]
+
+
+def models(section: recipe.Label) -> list[str]:
+    """The local models that labelling asks: policies of the run by name, others by directory or hub id."""
+    return [name for name in _asked(section) if not name.startswith(SERVER)]
+
+
+def servers(section: recipe.Label) -> list[str]:
+    """The servers of the recipe that labelling asks."""
+    return [name.removeprefix(SERVER) for name in _asked(section) if name.startswith(SERVER)]
+
+
+def _asked(section: recipe.Label) -> list[str]:
+    asked = [name for choice in all_judges(section) for name in judges.models(choice)]
+    if section.acquire and section.acquire.by == "certainty":
+        asked.append("initial")
+    return list(dict.fromkeys(asked))
 
 
 def run(io: StageIO, section: recipe.Label) -> None:
-    """Write verdicts-*.parquet, pairs-*.parquet, and flips-*.parquet where scores turned labels over."""
-    judge, rule = check(section)
+    """Write verdicts-*.parquet, comparisons-*.parquet where the judge compares, pairs-*.parquet and flips-*.parquet."""
+    rule = check(section)
     candidates, prompt_ids = _candidates(io)
     if section.acquire:
-        acquired = _acquired(io, section.acquire)
-        candidates = [c for c in candidates if c.prompt_id in acquired]
-    opinions = _opinions(io, judge, section.judge, candidates)
-
-    pairs: list[Pair] = []
-    judged = (Judged(c, o.score) for c, o in zip(candidates, opinions, strict=True))
-    sources = {s.prompt_id: s.source for s in _seeds(io)}
-    paired = 0
-    for prompt_id, group in itertools.groupby(judged, key=lambda j: j.candidate.prompt_id):
-        found = rule(list(group), random.Random(io.row_seed(prompt_id)))
-        if isinstance(found, Dropped):
-            io.out.quarantine(prompt_id, found.reason)
-        else:
-            paired += 1
-            source = sources.get(prompt_id, "")
-            pairs += [as_row(io.iteration, k, prompt_ids[prompt_id], source, *one) for k, one in enumerate(found)]
-    if section.quota is not None:
-        pairs, over = _within(pairs, section.quota, random.Random(io.row_seed("quota")))
-        for prompt_id in over:
-            io.out.quarantine(prompt_id, "over quota")
-        paired -= len(over)
-        io.out.metrics["pairs short of quota"] = section.quota - len(pairs)
+        worth = acquired(io, section.acquire)
+        candidates = [c for c in candidates if c.prompt_id in worth]
+    found = _findings(io, section.judge, candidates)
+    write_audit(io, section, candidates, found.opinions, found.preferences)
+    pairs = _pairs(io, section, rule, candidates, found, prompt_ids)
+    flips = [_flip(pair) for pair in pairs if section.pairing.name == "dynamic" and pair.chosen_source == "current"]
+    if section.relabel:
+        again, turned = _relabelled(io, section)
+        pairs, flips = [*again, *pairs], [*turned, *flips]
     io.out.write_rows("pairs", Pair, pairs)
-    io.out.contract("prompt", len(prompt_ids), paired)
-    if section.pairing.name == "dynamic":
-        flips = [
-            Flip(p.pair_id, p.prompt_id, p.iteration, p.rejected_source, p.rejected_score, p.chosen_score)
-            for p in pairs
-            if p.chosen_source == "current"
-        ]
+    if section.pairing.name == "dynamic" or section.relabel:
         io.out.write_rows("flips", Flip, flips)
         io.out.metrics |= {"flipped": len(flips), "flipped share": len(flips) / max(1, len(pairs))}
-
-    scored = [o.score for o in opinions if o.score is not None]
+    io.out.tokens += io.judging.tokens
+    if io.judging.spent:
+        io.out.metrics["servers"] = {name: dataclasses.asdict(spent) for name, spent in io.judging.spent.items()}
+    if io.judging.cut:
+        io.out.metrics["comparisons of cut answers"] = io.judging.cut
+    scores = [o.score for o in found.opinions if o.score is not None]
     io.out.metrics |= {
         "pairs": len(pairs),
-        "verdicts": len(opinions),
-        "verdicts unknown": len(opinions) - len(scored),
-        "mean score": sum(scored) / len(scored) if scored else None,
+        "verdicts": len(found.opinions),
+        "verdicts unknown": len(found.opinions) - len(scores),
+        "mean score": sum(scores) / len(scores) if scores else None,
     }
     if not pairs:
         raise UserError(
@@ -91,104 +119,204 @@ def run(io: StageIO, section: recipe.Label) -> None:
         )
 
 
+def _pairs(
+    io: StageIO,
+    section: recipe.Label,
+    rule: Rule,
+    candidates: Sequence[Candidate],
+    found: Findings,
+    prompt_ids: Mapping[str, list[int]],
+) -> list[Pair]:
+    """What the rule proposes and nothing speaks against; prompts without a pair are quarantined with the reason."""
+    sources = {s.prompt_id: s.source for s in _seeds(io)}
+    compared = found.preferences if section.judge and judges.compares(section.judge) else None
+    pairs: list[Pair] = []
+    refused: Counter[str] = Counter()
+    paired = 0
+    judged = (Judged(c, o.score) for c, o in zip(candidates, found.opinions, strict=True))
+    for prompt_id, group in itertools.groupby(judged, key=lambda j: j.candidate.prompt_id):
+        proposed = rule(list(group), random.Random(io.row_seed(prompt_id)))
+        if isinstance(proposed, Dropped):
+            io.out.quarantine(prompt_id, proposed.reason)
+            continue
+        good, bad = kept(proposed, section.min_margin, section.max_length_ratio, compared)
+        refused.update(one.reason for one in bad)
+        if not good:
+            io.out.quarantine(prompt_id, bad[0].reason)
+            continue
+        paired += 1
+        source = sources.get(prompt_id, "")
+        pairs += [as_row(io.iteration, k, prompt_ids[prompt_id], source, *one) for k, one in enumerate(good)]
+    if refused:
+        io.out.metrics["pairs refused"] = dict(refused)
+    if section.quota is not None:
+        pairs, over = _within(pairs, section.quota, random.Random(io.row_seed("quota")))
+        for prompt_id in over:
+            io.out.quarantine(prompt_id, "over quota")
+        paired -= len(over)
+        io.out.metrics["pairs short of quota"] = section.quota - len(pairs)
+    io.out.contract("prompt", len(prompt_ids), paired)
+    return pairs
+
+
 def _within(pairs: list[Pair], quota: int, rng: random.Random) -> tuple[list[Pair], list[str]]:
     """As many pairs as the quota, drawn at random, and the prompts that have lost all of theirs."""
     if len(pairs) <= quota:
         return pairs, []
-    kept = [pairs[i] for i in sorted(rng.sample(range(len(pairs)), quota))]
-    left = {pair.prompt_id for pair in kept}
-    return kept, list(dict.fromkeys(pair.prompt_id for pair in pairs if pair.prompt_id not in left))
+    chosen = [pairs[i] for i in sorted(rng.sample(range(len(pairs)), quota))]
+    left = {pair.prompt_id for pair in chosen}
+    return chosen, list(dict.fromkeys(pair.prompt_id for pair in pairs if pair.prompt_id not in left))
 
 
-def _acquired(io: StageIO, section: recipe.Acquire) -> set[str]:
-    """The prompts that are worth a label (active preference learning, arXiv 2402.08114); the others are set aside.
+def _flip(pair: Pair) -> Flip:
+    """A dynamic label that went to the generated answer."""
+    return Flip(
+        pair.pair_id, pair.prompt_id, pair.iteration, "dynamic",
+        pair.rejected_source, pair.chosen_source, pair.rejected_score, pair.chosen_score,
+    )  # fmt: skip
 
-    What an earlier round has labelled is not taken again: the paper's pool shrinks. Where the prompts are new in each
-    round there is nothing to leave out.
+
+def _relabelled(io: StageIO, section: recipe.Label) -> tuple[list[Pair], list[Flip]]:
+    """The pairs of the round before (its own and those it relabelled), scored anew by this round's judge.
+
+    A pair stays as it is where a score is unknown or both are the same, and turns where the rejected one scores more.
     """
-    known = {
-        verdict.prompt_id
-        for name, directory in io.inputs.items()
-        if name.startswith("acquired-")
-        for verdict in read_rows(directory, "verdicts", Verdict)
-    }
-    answers: dict[str, list[Generation]] = {}
-    for row in read_rows(io.inputs["generations"], "generations", Generation):
-        own = answers.setdefault(row.prompt_id, [])
-        if row.source == "current":
-            own.append(row)
-    pool = {prompt_id: rows for prompt_id, rows in answers.items() if prompt_id not in known}
-    if not pool:
-        raise UserError(
-            f"iteration {io.iteration}: every prompt has been labelled in an earlier round",
-            "fewer rounds, a smaller label.acquire.prompts, or more seeds",
+    if "relabelled" not in io.inputs:
+        return [], []
+    old = read_rows(io.inputs["relabelled"], "pairs", Pair)
+    pairs: list[Pair] = []
+    flips: list[Flip] = []
+    scores = _pair_scores(io, section.judge, old) if section.judge else []
+    for pair, (chosen, rejected) in zip(old, scores, strict=True):
+        turned = chosen is not None and rejected is not None and rejected > chosen
+        if turned:
+            pairs.append(_turned(pair, chosen, rejected))
+            flips.append(
+                Flip(
+                    pair.pair_id,
+                    pair.prompt_id,
+                    io.iteration,
+                    "relabelled",
+                    pair.chosen_source,
+                    pair.rejected_source,
+                    chosen,
+                    rejected,
+                )
+            )
+        else:
+            pairs.append(dataclasses.replace(pair, chosen_score=chosen, rejected_score=rejected))
+    io.out.metrics |= {"pairs relabelled": len(old), "relabelled flips": len(flips)}
+    return pairs, flips
+
+
+def _turned(pair: Pair, chosen: float | None, rejected: float | None) -> Pair:
+    return dataclasses.replace(
+        pair,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        chosen_source=pair.rejected_source,
+        rejected_source=pair.chosen_source,
+        chosen_score=rejected,
+        rejected_score=chosen,
+        chosen_token_ids=pair.rejected_token_ids,
+        rejected_token_ids=pair.chosen_token_ids,
+    )
+
+
+def _pair_scores(io: StageIO, choice: recipe.Choice, pairs: Sequence[Pair]) -> list[tuple[float | None, float | None]]:
+    """Scores of chosen and rejected; of a judge that compares, P(better), unknown where its orders disagree."""
+    golds = {s.prompt_id: s.completion for s in _seeds(io)}
+
+    def side(pair: Pair, source: str, text: str, ids: list[int], number: int) -> Candidate:
+        answer = golds.get(pair.prompt_id)
+        return Candidate(pair.prompt_id, pair.prompt[0]["content"], source, number, text, ids, "stop", answer)
+
+    both = [
+        (
+            side(p, f"{p.pair_id}/chosen", p.chosen[0]["content"], p.chosen_token_ids, 0),
+            side(p, f"{p.pair_id}/rejected", p.rejected[0]["content"], p.rejected_token_ids, 1),
         )
-    measured = _measured(io, section, pool)
-    taken = acquisition.first(measured, section.prompts, random.Random(io.row_seed("acquire")))
-    for prompt_id in answers:
-        if prompt_id not in taken:
-            io.out.quarantine(prompt_id, "acquired in an earlier round" if prompt_id in known else "not acquired")
-    io.out.metrics |= {"pool": len(pool), "acquired": len(taken)}
-    if section.by != "random":
-        name, sign = ("entropy", -1) if section.by == "entropy" else ("uncertainty", 1)
-        for which, of in (("pool", measured.keys()), ("acquired", taken)):
-            values = [value for prompt_id in of if (value := measured[prompt_id]) is not None]
-            io.out.metrics[f"{name} of the {which}"] = sign * sum(values) / len(values) if values else None
-    return taken
+        for p in pairs
+    ]
+    if judges.compares(choice):
+        found = judges.bind_comparer(choice)(both, io.judging)
+        known = [p.mean if p.consistent else None for p in found]
+        return [(None, None) if p is None else (p, 1 - p) for p in known]
+    opinions = judges.bind(choice)([one for two in both for one in two], io.judging)
+    return [(a.score, b.score) for a, b in zip(opinions[::2], opinions[1::2], strict=True)]
 
 
-def _measured(io: StageIO, section: recipe.Acquire, pool: Mapping[str, list[Generation]]) -> dict[str, float | None]:
-    """Smallest first: the uncertainty of the two first answers' order, or the negated entropy."""
-    if section.by == "random":
-        return dict.fromkeys(pool, 0.0)
-    if section.by == "entropy":
-        return {
-            name: -acquisition.entropy([sum(row.logprobs) for row in rows]) if rows else None
-            for name, rows in pool.items()
-        }
-    rows = [row for own in pool.values() for row in own[:2]]
-    # before any training the gaps are all zero, and what an engine's rounding makes of them is no order
-    untrained = bool(rows) and rows[0].policy == io.identities["initial"]
-    initial = (
-        [sum(row.logprobs) for row in rows]
-        if untrained
-        else io.logps("initial", [(row.prompt, row.token_ids) for row in rows])
-    )
-    rewards: dict[str, list[float]] = {}
-    for row, logp in zip(rows, initial, strict=True):
-        if logp is not None:
-            rewards.setdefault(row.prompt_id, []).append(acquisition.reward(sum(row.logprobs), logp, section.beta))
-    return {name: acquisition.uncertainty(*pair) if len(pair := rewards.get(name, [])) == 2 else None for name in pool}
-
-
-def _opinions(
-    io: StageIO, judge: Judge | None, choice: recipe.Choice | None, candidates: list[Candidate]
-) -> list[Opinion]:
-    """The judge's opinions, written as verdicts; of a gold that a judge which stays has scored before, that score."""
+def _findings(io: StageIO, choice: recipe.Choice | None, candidates: list[Candidate]) -> Findings:
+    """What the judge finds, written as verdicts and comparisons."""
+    preferences: dict[tuple[Name, Name], Preference] = {}
+    if choice is not None and judges.compares(choice):
+        preferences = _preferences(io, choice, candidates)
+        won = shares_won(preferences)
+        opinions = [won.get(candidate.key, Opinion(None, "no readable comparison")) for candidate in candidates]
+    else:
+        opinions = _opinions(io, choice, candidates)
     identity = judges.identity(choice)
-    stays = choice is not None and JUDGES[choice.name].fixed  # a policy that judges itself is another each round
-    earlier = {
-        v.prompt_id: Opinion(v.score, v.reason)
-        for v in (read_rows(io.inputs["earlier"], "verdicts", Verdict) if stays and "earlier" in io.inputs else [])
-        if v.source == "gold" and v.judge == identity and v.score is not None
-    }
-    known = (
-        {(c.prompt_id, "gold", 0): earlier[c.prompt_id] for c in candidates if c.prompt_id in earlier} if judge else {}
-    )
-    new = [c for c in candidates if (c.prompt_id, c.source, c.sample) not in known]
-    asked = judge(new, io) if judge else [Opinion(None, "no judge asked")] * len(new)
-    known |= {(c.prompt_id, c.source, c.sample): opinion for c, opinion in zip(new, asked, strict=True)}
-    opinions = [known[c.prompt_id, c.source, c.sample] for c in candidates]
     io.out.write_rows(
         "verdicts",
         Verdict,
         (
-            Verdict(c.prompt_id, c.source, c.sample, identity, o.score, o.reason)
+            Verdict(c.prompt_id, c.source, c.sample, identity, o.score, o.reason, o.reply)
             for c, o in zip(candidates, opinions, strict=True)
         ),
     )
+    return Findings(opinions, preferences)
+
+
+def _preferences(
+    io: StageIO, choice: recipe.Choice, candidates: Sequence[Candidate]
+) -> dict[tuple[Name, Name], Preference]:
+    """Every two answers of a prompt that differ, compared; written as comparisons."""
+    pairs = [
+        (a, b)
+        for _, group in itertools.groupby(candidates, key=lambda c: c.prompt_id)
+        for a, b in itertools.combinations(list(group), 2)
+        if a.text != b.text
+    ]
+    found = judges.bind_comparer(choice)(pairs, io.judging)
+    identity = judges.identity(choice)
+    io.out.write_rows(
+        "comparisons",
+        Comparison,
+        (
+            Comparison(
+                a.prompt_id,
+                a.source,
+                a.sample,
+                b.source,
+                b.sample,
+                identity,
+                p.forward,
+                p.swapped,
+                p.reason,
+                *p.replies,
+            )
+            for (a, b), p in zip(pairs, found, strict=True)
+        ),
+    )
+    return {(a.key, b.key): preference for (a, b), preference in zip(pairs, found, strict=True)}
+
+
+def _opinions(io: StageIO, choice: recipe.Choice | None, candidates: list[Candidate]) -> list[Opinion]:
+    """A score of each candidate; of a gold that a judge which stays has scored before, that score."""
+    if choice is None:
+        return [Opinion(None, "no judge asked")] * len(candidates)
+    identity = judges.identity(choice)
+    stays = judges.fixed(choice)  # a policy that judges itself is another each round
+    earlier = {
+        v.prompt_id: Opinion(v.score, v.reason, v.reply)
+        for v in (read_rows(io.inputs["earlier"], "verdicts", Verdict) if stays and "earlier" in io.inputs else [])
+        if v.source == "gold" and v.judge == identity and v.score is not None
+    }
+    known = {(c.prompt_id, "gold", 0): earlier[c.prompt_id] for c in candidates if c.prompt_id in earlier}
+    new = [c for c in candidates if c.key not in known]
+    known |= {c.key: opinion for c, opinion in zip(new, judges.bind(choice)(new, io.judging), strict=True)}
     io.out.metrics["golds scored before"] = len(candidates) - len(new)
-    return opinions
+    return [known[c.key] for c in candidates]
 
 
 def _seeds(io: StageIO) -> list[Seed]:
@@ -217,7 +345,5 @@ def _candidates(io: StageIO) -> tuple[list[Candidate], dict[str, list[int]]]:
 
 
 def _reasons(io: StageIO) -> str:
-    counts: dict[str, int] = {}
-    for row in io.out.quarantined:
-        counts[row.reason] = counts.get(row.reason, 0) + 1
+    counts = Counter(row.reason for row in io.out.quarantined)
     return ", ".join(f"{reason}: {count}" for reason, count in counts.items())

@@ -10,7 +10,7 @@ from selfimprove.stages.io import Ask, StageIO
 from selfimprove.training.job import PairRow, example
 
 VERSION = 1
-TEMPLATES = ("rate", "rate_answer")
+TEMPLATES = ("judge/demo", "judge/demo_reply")
 POLICY = "policy"
 
 
@@ -36,8 +36,8 @@ def _ratings(io: StageIO, section: recipe.Sft, seeds: list[Seed]) -> list[PairRo
         _row(
             io,
             row_id,
-            chat.render("rate", {"question": question, "answer": answer}),
-            chat.render("rate_answer", {"score": score}),
+            chat.render("judge/demo", {"question": question, "answer": answer}),
+            chat.render("judge/demo_reply", {"score": score}),
         )
         for row_id, question, answer, score in rated
     ]

@@ -6,7 +6,15 @@ import pytest
 from selfimprove import judges, recipe
 from selfimprove.data import SHIPPED, read_seeds
 from selfimprove.demo import world
-from selfimprove.judges import Candidate, Opinion, demo_rubric, rating, rubric, self_consistency, verifier
+from selfimprove.errors import UserError
+from selfimprove.judges import Candidate, Opinion
+from selfimprove.judges.controls import length, random
+from selfimprove.judges.demo_rubric import demo_rubric
+from selfimprove.judges.protocol import Replies
+from selfimprove.judges.rubric import rubric
+from selfimprove.judges.scorers import logps, reward_model
+from selfimprove.judges.verifiers import verifier
+from selfimprove.judges.votes import self_consistency
 from selfimprove.records import Seed
 
 
@@ -49,36 +57,97 @@ class Panel:
         self.replies = list(replies)
         self.asked = []
 
-    def answers(self, model, requests, n, temperature, max_tokens):
-        self.asked += [(model, text, n) for _, text in requests]
-        return [self.replies.pop(0) for _ in requests]
+    def nonce(self, name):
+        return f"<{name}>"
+
+    def ask(self, model, questions, n, temperature, max_tokens, schema=None):
+        self.asked += [(model, question.text, n, temperature) for question in questions]
+        return [self.replies.pop(0) for _ in questions]
+
+    def logps(self, model, rows):
+        return [None if not ids else [-1.0, -3.0] for _, ids in rows]
+
+    def rewards(self, model, rows):
+        return [None if answer == "long" else float(len(answer)) for _, answer in rows]
 
 
-def test_the_policy_rates_answers_and_its_readable_replies_are_averaged():
-    panel = Panel(["Score: 5", "I like it.", "score:2"], ["", "Score: 7", "Score: 4.5"], [])
-    rows = [candidate("a", "q"), candidate("b", "q"), candidate("c", "q")]
-    good, unread, long = rubric(rows, panel)
+def test_readable_replies_are_averaged_and_the_same_answer_is_asked_about_once():
+    panel = Panel(
+        Replies(("Score: 5", "I like it.", "score:2")), Replies(("", "Score: 7", "Score: -1")), Replies((), "too long")
+    )
+    rows = [candidate("a", "q"), candidate("b", "q"), candidate("a", "q"), candidate("c", "q")]
+    good, unread, again, long = rubric(rows, panel, template="demo", n=3, temperature=0.7)
     assert (good.score, unread.score, long.score) == (3.5, None, None)
-    assert (unread.reason, long.reason) == ("no reply readable", "too long for the judge's context")
-    assert [o.score for o in rubric([rows[0], rows[0]], Panel(["Score: 1"]))] == [1, 1]  # asked once
-    assert panel.asked[0] == ("current", "Score this answer from 0 to 5. Question: q Answer: a", 3)
+    assert (unread.reason, long.reason) == ("no reply readable", "too long")
+    assert again == good
+    assert good.reply == "Score: 5\n---\nI like it.\n---\nscore:2"
+    assert panel.asked[0] == ("current", "Score this answer from 0 to 5. Question: q Answer: a", 3, 0.7)
 
 
-@pytest.mark.parametrize(
-    ("reply", "score"),
-    [
-        ("Score: 5", 5),
-        ("SCORE : 0", 0),
-        ("Score: 3. No, Score: 1", 1),
-        ("Score: 6", None),
-        ("Score: 33", None),
-        ("Score: 4.5", None),
-        ("Score: 4.", 4),
-        ("**Score:** **3**", 3),
-    ],
-)
-def test_a_rating_is_read_from_the_end_and_never_guessed(reply, score):
-    assert rating(reply) == score
+@pytest.mark.parametrize("template", ["hundred", "additive"])
+def test_question_and_answer_stand_between_marks_of_this_request(template):
+    panel = Panel(Replies(("Score: 4",)))
+    rubric([candidate("the answer", "the question")], panel, template=template, model="server:x")
+    [(model, text, _, _)] = panel.asked
+    assert model == "server:x"
+    mark = "<the question/current/0>"
+    assert f"<question {mark}>\nthe question\n</question {mark}>" in text
+    assert f"<answer {mark}>\nthe answer\n</answer {mark}>" in text
+
+
+def test_numbers_read_off_models():
+    rows = [candidate("a"), candidate("long")]
+    rows[0].token_ids.extend([1, 2])
+    assert logps(rows, Panel()) == [Opinion(-2.0), Opinion(None, "empty answer")]
+    assert reward_model(rows, Panel(), model="m") == [Opinion(1.0), Opinion(None, "too long for the judge's context")]
+
+
+def test_controls_read_nothing_but_length_and_name():
+    short, long = candidate("x"), candidate("y")
+    long.token_ids.extend([1, 2, 3])
+    assert [o.score for o in length([short, long])] == [0, 3]
+    assert [o.score for o in length([short, long], prefer="shorter")] == [0, -3]
+    first, second = random([candidate("x", "p"), candidate("x", "q")], Panel())
+    assert first != second
+    assert random([candidate("other text", "p")], Panel()) == [first]
+    assert 0 <= first.score < 1
+
+
+class TestEnsemble:
+    def bound(self, *members, **more):
+        return judges.bind(recipe.Choice.model_validate({"name": "ensemble", "judges": list(members), **more}))
+
+    def test_ranks_need_no_common_scale(self):
+        rows = [candidate("1", answer="1"), candidate("2", answer="1"), candidate("3", answer="1")]
+        for row, ids in zip(rows, ([1], [1, 2, 3], [1, 2]), strict=True):
+            row.token_ids.extend(ids)
+        members = {"name": "verifier", "checker": "exact"}, {"name": "length"}
+        # right: ranks 1, .25, .25 (a tie counts half); length: 0, 1, .5
+        assert [o.score for o in self.bound(*members)(rows, Panel())] == [0.5, 0.625, 0.375]
+        assert [o.score for o in self.bound(*members, combine="mean")(rows, Panel())] == [1.0, 1.5, 1.0]
+
+    def test_what_a_member_cannot_judge_is_unknown(self):
+        members = {"name": "verifier", "checker": "exact"}, {"name": "length"}
+        [opinion] = self.bound(*members)([candidate("1")], Panel())
+        assert (opinion.score, opinion.reason) == (None, "unknown to a member: no reference answer")
+
+    def test_members_are_looked_at_before_anything_runs(self):
+        with pytest.raises(UserError, match="unknown judge 'nobody'"):
+            self.bound({"name": "nobody"})
+        with pytest.raises(UserError, match="compares two answers"):
+            self.bound({"name": "pairwise"})
+
+
+def test_which_models_a_judge_asks():
+    def models(**choice):
+        return judges.models(recipe.Choice.model_validate(choice))
+
+    assert models(name="verifier", checker="exact") == []
+    assert models(name="rubric") == ["current"]
+    assert models(name="pairwise", model="server:x") == ["server:x"]
+    assert models(name="reward_model", model="org/name") == ["org/name"]
+    members = [{"name": "rubric", "model": "initial"}, {"name": "length"}, {"name": "logps"}]
+    assert models(name="ensemble", judges=members) == ["initial", "current"]
 
 
 def test_the_discriminators_opinions_are_those_of_its_stage():

@@ -9,12 +9,18 @@ from selfimprove.judges import Candidate
 from selfimprove.judges.pairing import (
     Dropped,
     Judged,
+    all_pairs,
+    best_vs_random,
     best_vs_worst,
     dynamic,
     gold_vs_generated,
     improver_vs_initial,
+    kept,
     repetition,
+    shares_won,
+    top_k,
 )
+from selfimprove.judges.protocol import Preference
 
 SCORES = st.none() | st.sampled_from([0.0, 0.5, 1.0])
 ONE = st.tuples(st.sampled_from("abcdef"), SCORES, st.sampled_from(["stop", "length"]))
@@ -134,3 +140,87 @@ def test_synpo_may_reject_the_current_answer_instead():
     group = [rewrite, first, own]
     assert improver_vs_initial(group, random.Random(0)) == [(rewrite, first)]
     assert improver_vs_initial(group, random.Random(0), rejected="current") == [(rewrite, own)]
+
+
+class TestRulesOverScores:
+    """best_vs_random, all_pairs, top_k: what is chosen scores more, is whole, and every such pair can occur."""
+
+    @given(st.lists(ONE, max_size=8), st.integers(0, 5))
+    def test_what_is_chosen_scores_more_and_is_whole(self, rows, seed):
+        group = [judged(*row) for row in rows]
+        for rule in (best_vs_random, all_pairs, top_k):
+            found = rule(group, random.Random(seed))
+            if isinstance(found, Dropped):
+                assert found.reason in ("no score", "every answer truncated", "no score gap")
+                continue
+            assert len({(a.candidate.text, b.candidate.text) for a, b in found}) == len(found) > 0
+            for chosen, rejected in found:
+                assert chosen.score > rejected.score
+                assert chosen.candidate.finish_reason == "stop"
+
+    @given(st.lists(ONE, max_size=8), st.integers(0, 5))
+    def test_all_pairs_are_all(self, rows, seed):
+        group = [judged(*row) for row in rows]
+        found = all_pairs(group, random.Random(seed))
+        texts = {}  # of equal texts a whole one counts, the last of those
+        for one in sorted(group, key=lambda j: j.candidate.finish_reason != "length"):
+            texts[one.candidate.text] = one
+        expected = {
+            (a.candidate.text, b.candidate.text)
+            for a in texts.values()
+            for b in texts.values()
+            if None not in (a.score, b.score) and a.score > b.score and a.candidate.finish_reason == "stop"
+        }
+        pairs = [] if isinstance(found, Dropped) else found
+        assert {(a.candidate.text, b.candidate.text) for a, b in pairs} == expected
+
+    def test_top_k_is_k_against_k(self):
+        group = [judged(text, score) for text, score in zip("abcde", [5.0, 4.0, 3.0, 2.0, 1.0], strict=True)]
+        texts = [(a.candidate.text, b.candidate.text) for a, b in top_k(group, random.Random(0), k=2)]
+        assert texts == [("a", "e"), ("a", "d"), ("b", "e"), ("b", "d")]
+
+    def test_best_vs_random_is_not_always_the_worst(self):
+        group = [judged(text, score) for text, score in zip("abcd", [4.0, 3.0, 2.0, 1.0], strict=True)]
+        rejected = [best_vs_random(group, random.Random(seed))[0][1].candidate.text for seed in range(300)]
+        shares = {text: rejected.count(text) / 300 for text in "bcd"}
+        assert all(0.2 < share < 0.47 for share in shares.values())  # each 1/3; five standard deviations
+
+
+class TestKept:
+    good, bad = judged("good", 3.0), judged("bad", 1.0, sample=1)
+
+    def reasons(self, pair=None, margin=0.0, ratio=None, compared=None):
+        stay, refused = kept([pair or (self.good, self.bad)], margin, ratio, compared)
+        assert len(stay) + len(refused) == 1
+        return [one.reason for one in refused]
+
+    def test_margin_and_length(self):
+        assert self.reasons() == []
+        assert self.reasons(margin=2.0) == []
+        assert self.reasons(margin=2.1) == ["score gap too small"]
+        assert self.reasons((self.good, judged("bad", None)), margin=0.1) == ["score unknown"]
+        assert self.reasons(ratio=4 / 3) == []
+        assert self.reasons(ratio=1.3) == ["chosen answer too long"]
+        assert self.reasons((judged("x", 2.0, "length"), self.bad)) == ["chosen answer truncated"]
+
+    def test_only_what_both_orders_prefer_stays(self):
+        def compared(forward, swapped, turned=False):
+            keys = (self.good.candidate.key, self.bad.candidate.key)
+            return {keys[::-1] if turned else keys: Preference(forward, swapped)}
+
+        assert self.reasons(compared=compared(1.0, 1.0)) == []
+        assert self.reasons(compared=compared(0.0, 0.0, turned=True)) == []
+        assert self.reasons(compared=compared(0.6, 0.9)) == []
+        assert self.reasons(compared=compared(1.0, 0.0)) == ["the judge's two orders disagree"]
+        assert self.reasons(compared=compared(0.5, 1.0)) == ["the judge's two orders disagree"]
+        assert self.reasons(compared=compared(0.0, 0.0)) == ["the judge prefers the rejected answer"]
+        assert self.reasons(compared=compared(1.0, None)) == ["comparison unknown"]
+        assert self.reasons(compared={}) == ["comparison unknown"]
+
+    def test_an_answers_share_of_what_it_won(self):
+        third = judged("third", None, sample=2).candidate.key
+        a, b = self.good.candidate.key, self.bad.candidate.key
+        won = shares_won({
+            (a, b): Preference(1.0, 1.0), (a, third): Preference(0.5, 0.5), (b, third): Preference(1.0, None),
+        })  # fmt: skip
+        assert {key: opinion.score for key, opinion in won.items()} == {a: 0.75, b: 0.0, third: 0.5}
