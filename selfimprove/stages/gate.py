@@ -56,5 +56,9 @@ def _health(new: list[Sample], base: list[Sample]) -> dict[str, float | None]:
     return {
         "truncated_share": sum(s.finish_reason == "length" for s in ours) / len(ours),
         "length_ratio": sum(s.tokens for s in ours) / len(ours) / (sum(s.tokens for s in theirs) / len(theirs)),
-        "diversity_ratio": diversity.ratio([s.text for s in ours], [s.text for s in theirs]),
+        "diversity_ratio": _ratio(*diversity.compare([[s.text for s in ours], [s.text for s in theirs]])),
     }
+
+
+def _ratio(new: diversity.Diversity, base: diversity.Diversity) -> float | None:
+    return new.distinct / base.distinct if new.distinct is not None and base.distinct else None
