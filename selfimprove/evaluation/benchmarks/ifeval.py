@@ -45,7 +45,7 @@ def score(path: Path, prompts: Path | None = None) -> dict[str, Any]:
         asked = row if told is None else _asked(row, told, source)
         verdicts = _verdicts(row, asked)
         if verdicts.key in found:
-            raise UserError(f"{row.where}: a second response to prompt {verdicts.key}", "one response a prompt")
+            raise UserError(f"{row.where}: a second response to prompt {verdicts.key!r}", "one response a prompt")
         found[verdicts.key] = verdicts
     every = list(found.values())
     asked_for = len(found) if told is None else len({id(row) for row in told.values()})
@@ -106,7 +106,7 @@ def _asked(row: fields.Row, told: Mapping[tuple[str, str], fields.Row], source: 
     value = row.name(name, "a response names its prompt by 'key' or by 'prompt'")
     if (name, value) not in told:
         shown = value if len(value) <= 60 else f"{value[:57]}..."
-        raise UserError(f"{row.where}: {source} has no prompt with {name} '{shown}'", "--prompts FILE")
+        raise UserError(f"{row.where}: {source} has no prompt with {name} {shown!r}", "--prompts FILE")
     return told[name, value]
 
 

@@ -55,7 +55,7 @@ def score(path: Path, name: Name) -> dict[str, Any]:
         key = (one.model, one.question, one.turn)
         if key in seen:
             raise UserError(
-                f"{row.where}: {one.model}'s turn {one.turn} of question {one.question} is judged in {seen[key]} too",
+                f"{row.where}: {one.model!r}, question {one.question!r}, turn {one.turn} is judged in {seen[key]} too",
                 "one judgment of an answer: one judge, one file",
             )
         seen[key] = row.where.rpartition(", ")[2]
