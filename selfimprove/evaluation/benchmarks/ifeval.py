@@ -66,7 +66,7 @@ def score(path: Path, prompts: Path | None = None) -> dict[str, Any]:
 def _shares(verdicts: Sequence[list[bool]]) -> dict[str, Any]:
     prompt = proportion([float(all(one)) for one in verdicts])
     flat = [float(followed) for one in verdicts for followed in one]
-    clusters = [number for number, one in enumerate(verdicts) for _ in one]
+    clusters = [str(number) for number, one in enumerate(verdicts) for _ in one]
     share = sum(flat) / len(flat)
     error = clustered_error(flat, clusters)
     return {
