@@ -1,6 +1,6 @@
 """Intervals and paired tests over per-prompt scores, by scipy."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +71,18 @@ def holm(p: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
         corrected[i] = highest
     return corrected
+
+
+def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """Standard error of a mean whose items hang together in clusters (arXiv 2411.00640, section 2.2).
+
+    Turns of a dialogue, instructions of a prompt, orders of a pair: what shares a cluster is not independent.
+    """
+    items = np.asarray(values, dtype=float)
+    sums: dict[Hashable, float] = {}
+    for deviation, cluster in zip(items - items.mean(), clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + float(deviation)
+    return float(sum(total**2 for total in sums.values()) ** 0.5 / len(items))
 
 
 def _mean_and_half_width(values: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> tuple[float, float]:
