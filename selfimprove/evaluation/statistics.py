@@ -46,6 +46,13 @@ def clustered_mean(per_prompt: Sequence[float]) -> Interval:
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), len(values))
 
 
+def mean(per_prompt: Sequence[float]) -> Interval:
+    """Mean of per-prompt scores on any scale, with Student's interval over prompts."""
+    values = np.asarray(per_prompt, dtype=float)
+    middle, half = _mean_and_half_width(values)
+    return Interval(middle, middle - half, middle + half, len(values))
+
+
 def compare_binary(old: Sequence[float], new: Sequence[float]) -> Comparison:
     """McNemar's exact test on 0/1 outcomes: two-sided binomial on the discordant pairs."""
     before, after = np.asarray(old), np.asarray(new)
