@@ -135,6 +135,8 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
 
 def _remarks(result: dict[str, Any]) -> list[str]:
     lines = [f"ignored: {reason}: {number}" for reason, number in result["ignored"].items()]
+    if result.get("prompts_file"):
+        lines.append(f"prompts: {result['prompts_file']}")
     if result.get("prompts_without_response"):
         lines.append(f"prompts without a response, not scored: {result['prompts_without_response']}")
     if result["unused_fields"]:

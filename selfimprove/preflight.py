@@ -24,12 +24,11 @@ def check(chosen: Recipe) -> None:
     Raises:
         UserError: a missing file, an unknown judge, rule or loss, a model directory that cannot serve.
     """
-    for name in ("seeds", "heldout", *(["corpus"] if chosen.synthesize else [])):
-        path = data.locate(getattr(chosen.data, name), name)
-        {"seeds": data.read_seeds, "heldout": data.read_heldout, "corpus": data.read_paragraphs}[name](path)
     evaluate.check(chosen.evaluate)
     apart(chosen)
     measurable(chosen)
+    if chosen.synthesize:
+        data.read_paragraphs(data.locate(chosen.data.corpus, "corpus"))
     rounds = [chosen.at(iteration) for iteration in range(1, chosen.rounds + 1)]
     for iteration, now in enumerate(rounds, 1):
         if iteration == 1 or now != rounds[iteration - 2]:
@@ -122,7 +121,7 @@ def measurable(chosen: Recipe) -> None:
         if benchmark.kind == kinds.HARNESS:
             if chosen.engine.kind == "fake":
                 raise UserError(
-                    f"benchmark '{benchmark.name}': lm-evaluation-harness loads the model itself, and engine.kind is fake",
+                    f"benchmark '{benchmark.name}': lm-evaluation-harness loads the model itself, no engine of ours",
                     'set engine.kind = "vllm" or "transformers"',
                 )
             continue  # its task was read for its prompts

@@ -6,7 +6,7 @@ files. What it says of each prompt is kept, so that rounds are compared in pairs
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ def _table(path: Path) -> tuple[dict[str, Any], list[Path]]:
 
     Loader.add_multi_constructor("!", lambda loader, tag, node: f"!{tag} {node.value}")
     try:
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506  # a SafeLoader
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no YAML file that can be read: {error}", FORM) from None
     if not isinstance(table, dict):

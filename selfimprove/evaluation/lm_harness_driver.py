@@ -1,6 +1,6 @@
 """Runs one task of lm-evaluation-harness; `lm_harness` starts it as a script, so that it imports nothing of ours.
 
-python lm_harness_driver.py REQUEST.json ANSWER.json
+Its arguments are two JSON files: what to run, and where to write what was found.
 """
 
 import json
@@ -45,15 +45,15 @@ def _device() -> str:
 
 def _row(row: dict[str, Any], metric: str) -> dict[str, Any]:
     score = row.get(metric)
-    known = isinstance(score, int | float)
+    number = float(score) if isinstance(score, int | float) else None
     arguments = row["arguments"]
     first = arguments["gen_args_0"]["arg_0"] if isinstance(arguments, dict) else arguments[0][0]
     return {
         "doc_id": row["doc_id"],
         "prompt": str(first),
         "text": _text(row["resps"]),
-        "score": float(score) if known else None,
-        "reason": "" if known else f"'{metric}' is no number of a prompt",
+        "score": number,
+        "reason": "" if number is not None else f"'{metric}' is no number of a prompt",
     }
 
 

@@ -62,6 +62,7 @@ def compared(samples: Sequence[Sample], old: Sequence[Sample], scale: Scale) -> 
         "p": found.p,
         "test": found.test,
         "n": found.n,
+        "mde": found.mde,
     }
 
 

@@ -63,12 +63,26 @@ def _objective(x: Array, p: Array, weight: Array, c: float, b: Array) -> Array:
 
 
 def _penalised_step(gradient: Array, hessian: Array, b: Array, penalty: float) -> Array:
-    """The step to the minimum of the quadratic model plus the penalty, by coordinate descent over all problems."""
+    """The step to the minimum of the quadratic model plus the penalty.
+
+    Where no coefficient is or becomes zero the penalty is linear, and the step solves linear equations; the others are
+    found by coordinate descent.
+    """
+    hessian = hessian + 1e-12 * np.eye(b.shape[1])
+    sign = np.sign(b)
+    step = -np.linalg.solve(hessian, (gradient + penalty * sign)[..., None])[..., 0]
+    rest = ~((sign != 0) & (np.sign(b + step) == sign)).all(axis=1)
+    if rest.any():
+        step[rest] = _descent(gradient[rest], hessian[rest], b[rest], penalty)
+    return np.asarray(step)
+
+
+def _descent(gradient: Array, hessian: Array, b: Array, penalty: float) -> Array:
     step = np.zeros_like(b)
     for _ in range(SWEEPS):
         moved = 0.0
         for j in range(b.shape[1]):
-            curvature = hessian[:, j, j] + 1e-12
+            curvature = hessian[:, j, j]
             slope = gradient[:, j] + np.einsum("bk,bk->b", hessian[:, j], step)
             free = b[:, j] + step[:, j] - slope / curvature
             target = np.sign(free) * np.maximum(0, np.abs(free) - penalty / curvature)

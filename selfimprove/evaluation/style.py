@@ -33,7 +33,7 @@ Difference = tuple[float, float, float, float]  # of length, headers, lists, bol
 COLUMNS: Mapping[Control, slice] = {"length": slice(0, 1), "markdown": slice(1, 4), "both": slice(0, 4)}
 CODE = re.compile("```([^`]*)```")
 STEPS, TOLERANCE = 100, 1e-9
-FARTHEST = 30.0  # logits; beyond it the likelihood has no maximum
+FARTHEST = 30.0  # logits of a battle; beyond it the likelihood has no maximum
 
 
 class Style(NamedTuple):
@@ -161,9 +161,10 @@ def _maximum(x: Array, y: Array, weight: Array) -> Array | None:
         q = expit(x @ b)
         hessian = x.T @ (x * (weight * q * (1 - q))[:, None])
         step = np.linalg.lstsq(hessian, x.T @ (weight * (y - q)), rcond=None)[0]
-        if float(np.abs(step).max()) < TOLERANCE:
+        farthest = float(np.abs(x @ step).max())
+        if farthest < TOLERANCE:
             return b
-        b = b + step / max(1.0, float(np.abs(step).max()))  # no more than a logit at a time
-        if float(np.abs(b).max()) > FARTHEST:
+        b = b + step / max(1.0, farthest)  # no battle by more than a logit at a time
+        if float(np.abs(x @ b).max()) > FARTHEST:
             return None
     return None

@@ -7,6 +7,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from selfimprove.evaluation.benchmarks.fields import printable
+
 MOST_PAIRS = 10  # of models, shown; all are in the JSON
 
 
@@ -49,7 +51,7 @@ def _ratings_of_models(title: str, models: Mapping[str, Any]) -> Table:
     table = _table(title, ("model", "win rate %", "95 %", "Elo", "battles"))
     for name, of in sorted(models.items(), key=lambda item: -(item[1]["win_rate"] or 0)):
         bounds = "" if of["low"] is None else f"[{of['low']:.1f}, {of['high']:.1f}]"
-        table.add_row(Text(name), _number(of["win_rate"], 1), bounds, _number(of["elo"], 0), str(of["battles"]))
+        table.add_row(_name(name), _number(of["win_rate"], 1), bounds, _number(of["elo"], 0), str(of["battles"]))
     return table
 
 
@@ -57,7 +59,7 @@ def _gsm8k(result: Mapping[str, Any]) -> list[Table]:
     table = _table("GSM8K", ("model", "accuracy", "95 %", "n", "no answer", "last number", "not as published"))
     for name, of in result["models"].items():
         table.add_row(
-            Text(name),
+            _name(name),
             _number(of["accuracy"], 4),
             f"[{of['low']:.3f}, {of['high']:.3f}]",
             str(of["n"]),
@@ -90,7 +92,7 @@ def _ratings(result: Mapping[str, Any]) -> list[Table]:
         by_turn = [_number(of["turns"].get(turn, {}).get("mean"), 3) for turn in turns] if columns else []
         read = f"{of['n']} of {of['answers']}"
         error, stored = _number(of["standard_error"], 3), _number(of["stored_mean"], 3)
-        table.add_row(Text(name), _number(of["mean"], 3), error, *by_turn, read, stored)
+        table.add_row(_name(name), _number(of["mean"], 3), error, *by_turn, read, stored)
     rows = [
         (
             one["a"],
@@ -110,7 +112,7 @@ def _pairs(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[Table
         return []
     table = _table("paired", headings)
     for row in told[:MOST_PAIRS]:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(_name(cell) for cell in row))
     if len(told) > MOST_PAIRS:
         table.caption = f"{MOST_PAIRS} of {len(told)} pairs; --json has all"
     return [table]
@@ -118,10 +120,15 @@ def _pairs(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[Table
 
 def _table(title: str, headings: Sequence[str]) -> Table:
     style = {"box": box.SIMPLE, "padding": (0, 1, 0, 0), "title_justify": "left", "caption_justify": "left"}
-    table = Table(title=Text(title), **style)  # type: ignore[arg-type]  # names from a file are no markup
+    table = Table(title=_name(title), **style)  # type: ignore[arg-type]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("", "model", "a", "b") else "right", overflow="fold")
     return table
+
+
+def _name(text: str) -> Text:
+    """Names come from files: no markup, no escape codes."""
+    return Text(printable(text))
 
 
 def _interval(result: Mapping[str, Any], name: str, digits: int) -> str:

@@ -102,8 +102,8 @@ def scale(benchmark: recipe.Benchmark) -> results.Scale:
     if benchmark.kind in ("alpaca_eval", "arena_hard"):
         return "share"
     judge = benchmark.judge
-    checked = judge is not None and judge.name == "verifier" and (judge.model_extra or {}).get("checker") != "python"
-    return "flags" if checked else "any"
+    checker = (judge.model_extra or {}).get("checker") if judge and judge.name == "verifier" else None
+    return "flags" if benchmark.kind == "prompts" and checker not in (None, "python") else "any"
 
 
 def run(io: StageIO, section: recipe.Evaluate) -> Outcome:
@@ -165,8 +165,7 @@ def _answers(
         for question in (one for one in questions if len(one.turns) > turn):
             earlier = dialogues[question.prompt_id]
             if len(earlier) < 2 * turn:
-                row = f"{question.prompt_id}/{benchmark.name}/{turn}"
-                io.out.quarantine(row, "no answer to the turn before")
+                io.out.quarantine(f"{question.prompt_id}/{benchmark.name}/{turn}", "no answer to the turn before")
                 continue
             text = question.turns[turn]
             asked = chat.render(ASKED[benchmark.kind], {"question": text}) if benchmark.kind in ASKED else text

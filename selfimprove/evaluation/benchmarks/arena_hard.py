@@ -90,7 +90,7 @@ def _of_judgments(rows: Sequence[fields.Row], path: Path, baseline: str | None, 
     categories = sorted({row.name("category") for row in rows if row.has("category")})
     if len(categories) > 1:
         raise UserError(
-            f"{path} mixes the categories {', '.join(categories)}, which have different baselines",
+            f"{path} mixes the categories {fields.printable(', '.join(categories))}, which have different baselines",
             "one file a category",
         )
     battles: list[Battle] = []
@@ -131,15 +131,16 @@ def _label(row: fields.Row, game: Any) -> bradley_terry.Label | None:
 
 def _baseline(battles: Sequence[Battle], given: str | None, path: Path) -> str:
     names = bradley_terry.models(battles)
+    shown = fields.printable(", ".join(names))
     if given is not None:
         if given not in names:
-            raise UserError(f"{path}: '{given}' is in no battle", f"models: {', '.join(names)}")
+            raise UserError(f"{path}: '{given}' is in no battle", f"models: {shown}")
         return given
     if len({battle.first for battle in battles}) == 1:
         return battles[0].first
     everywhere = [name for name in names if all(name in (battle.first, battle.second) for battle in battles)]
     if len(everywhere) != 1:
-        raise UserError(f"{path}: no one model is in every battle", f"--baseline MODEL, one of {', '.join(names)}")
+        raise UserError(f"{path}: no one model is in every battle", f"--baseline MODEL, one of {shown}")
     return everywhere[0]
 
 

@@ -27,7 +27,7 @@ class Row(NamedTuple):
             UserError: there is none.
         """
         if name not in self.values:
-            told = ", ".join(self.values) or "none"
+            told = printable(", ".join(self.values)) or "none"
             raise UserError(f"{self.where}: no field '{name}'", hint or f"fields of this row: {told}")
         return self.values[name]
 
@@ -117,9 +117,14 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         raise UserError(f"{path} is no CSV file: {error}", "one heading, commas between cells, UTF-8") from None
 
 
-def unused(rows: Iterable[Row], used: Iterable[str]) -> list[str]:
+def unused(rows: Iterable[Row], used: Sequence[str]) -> list[str]:
     """The fields that rows have and nobody reads, sorted."""
-    return sorted({name for row in rows for name in row.values}.difference(used))
+    return sorted({printable(name) for row in rows for name in row.values if name not in used})
+
+
+def printable(text: str) -> str:
+    """A text from a file as a terminal can show it: what is not printable, as escape codes are, is spelled out."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def _cell(text: str | None) -> int | float | str | None:

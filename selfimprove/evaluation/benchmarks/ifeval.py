@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from selfimprove import constraints
 from selfimprove.errors import UserError
 from selfimprove.evaluation.benchmarks import fields
-from selfimprove.evaluation.statistics import clustered_standard_error, proportion
+from selfimprove.evaluation.statistics import clustered_error, proportion
 
 PROMPTS = "input_data.jsonl"  # its published name
 USED = ("key", "prompt", "response", "instruction_id_list", "kwargs")
@@ -45,7 +45,7 @@ def score(path: Path, prompts: Path | None = None) -> dict[str, Any]:
         asked = row if told is None else _asked(row, told, source)
         verdicts = _verdicts(row, asked)
         if verdicts.key in found:
-            raise UserError(f"{row.where}: a second response to prompt {verdicts.key}", "one response a prompt")
+            raise UserError(f"{row.where}: a second response to prompt {verdicts.key!r}", "one response a prompt")
         found[verdicts.key] = verdicts
     every = list(found.values())
     asked_for = len(found) if told is None else len({id(row) for row in told.values()})
@@ -69,7 +69,7 @@ def shares(verdicts: Sequence[list[bool]]) -> dict[str, Any]:
     flat = [float(followed) for one in verdicts for followed in one]
     clusters = [number for number, one in enumerate(verdicts) for _ in one]
     share = sum(flat) / len(flat)
-    error = clustered_standard_error(flat, clusters)
+    error = clustered_error(flat, clusters)
     return {
         "prompt": {"accuracy": prompt.value, "low": prompt.low, "high": prompt.high, "n": prompt.n},
         "instruction": {
@@ -107,7 +107,7 @@ def _asked(row: fields.Row, told: Mapping[tuple[str, str], fields.Row], source: 
     value = row.name(name, "a response names its prompt by 'key' or by 'prompt'")
     if (name, value) not in told:
         shown = value if len(value) <= 60 else f"{value[:57]}..."
-        raise UserError(f"{row.where}: {source} has no prompt with {name} '{shown}'", "--prompts FILE")
+        raise UserError(f"{row.where}: {source} has no prompt with {name} {shown!r}", "--prompts FILE")
     return told[name, value]
 
 

@@ -13,7 +13,7 @@ from selfimprove import brackets
 from selfimprove.errors import UserError
 from selfimprove.evaluation.benchmarks import fields
 from selfimprove.evaluation.paired import paired_tests
-from selfimprove.evaluation.statistics import clustered_standard_error
+from selfimprove.evaluation.statistics import clustered_error
 
 Name = Literal["mt_bench", "arena_bench"]
 USED = ("question_id", "model", "judgment", "turn", "score")
@@ -55,7 +55,7 @@ def score(path: Path, name: Name) -> dict[str, Any]:
         key = (one.model, one.question, one.turn)
         if key in seen:
             raise UserError(
-                f"{row.where}: {one.model}'s turn {one.turn} of question {one.question} is judged in {seen[key]} too",
+                f"{row.where}: {one.model!r}, question {one.question!r}, turn {one.turn} is judged in {seen[key]} too",
                 "one judgment of an answer: one judge, one file",
             )
         seen[key] = row.where.rpartition(", ")[2]
@@ -97,7 +97,7 @@ def _mean(rated: Sequence[Rated]) -> dict[str, Any]:
     values = [one.read for one in rated if one.read is not None]
     if not values:
         return {"mean": None, "standard_error": None, "n": 0}
-    error = clustered_standard_error(values, [one.question for one in rated]) if len(values) > 1 else None
+    error = clustered_error(values, [one.question for one in rated]) if len(values) > 1 else None
     return {"mean": sum(values) / len(values), "standard_error": error, "n": len(values)}
 
 

@@ -63,11 +63,10 @@ def _controlled(questions: Mapping[str, Question], samples: Sequence[Sample]) ->
     """
     battles, differences = [], []
     for sample in samples:
-        if sample.score not in GAMES:
+        if sample.score is None or sample.score not in GAMES:
             return None
-        own, other = (
-            style.style(text, len(text.split())) for text in (sample.text, questions[sample.prompt_id].answers[0])
-        )
+        texts = sample.text, questions[sample.prompt_id].answers[0]
+        own, other = (style.style(text, len(text.split())) for text in texts)
         for winner in GAMES[sample.score]:
             battles.append(Battle(sample.prompt_id, "model", "baseline", winner))
             differences.append(style.difference(own, other))

@@ -73,22 +73,23 @@ def written(path: Path) -> dict[str, list[str]]:
 
 
 def _turns(row: fields.Row) -> list[str]:
+    told: Any
     if row.has("messages"):
-        messages = row.any("messages")
-        told = [m.get("content") for m in _tables(row, "messages", messages) if m.get("role") == "assistant"]
+        field, messages = "messages", _tables(row, "messages", row.any("messages"))
+        told = [message.get("content") for message in messages if message.get("role") == "assistant"]
     else:
-        choices = _tables(row, "choices", row.any("choices", "an answer has 'messages' or 'choices'"))
+        field = "choices"
+        choices = _tables(row, field, row.any(field, "an answer has 'messages' or 'choices'"))
         told = choices[0].get("turns") if choices else None
-        if not isinstance(told, list):
-            raise row.wrong("choices", "a list whose first entry has 'turns'")
-    texts = [one if isinstance(one, str) else _inner(one) for one in told]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise row.wrong("messages" if row.has("messages") else "choices", "a model's answers as texts")
-    return [str(text) for text in texts]
+    texts = [_text(one) for one in told] if isinstance(told, list) else []
+    if not texts or None in texts:
+        raise row.wrong(field, "a model's answers, a text each turn")
+    return [text for text in texts if text is not None]
 
 
-def _inner(one: Any) -> Any:
-    return one.get("answer", one.get("content")) if isinstance(one, dict) else None
+def _text(one: Any) -> str | None:
+    found = one.get("answer", one.get("content")) if isinstance(one, dict) else one
+    return found if isinstance(found, str) else None
 
 
 def _tables(row: fields.Row, name: str, value: Any) -> list[dict[str, Any]]:
