@@ -171,19 +171,19 @@ STOP_WORDS = frozenset(
 )
 
 
-def locate(name: str, what: str) -> Path:
-    """The file that a recipe's [data] entry names.
+def locate(name: str, what: str, section: str = "data") -> Path:
+    """The file that an entry of the recipe names, one of [data] where nothing else is said.
 
     Raises:
         UserError: no such file, or an unknown `demo:` name.
     """
     if name.startswith("demo:"):
         if name not in SHIPPED:
-            raise UserError(f"data.{what}: nothing is shipped as '{name}'", f"shipped: {', '.join(SHIPPED)}")
+            raise UserError(f"{section}.{what}: nothing is shipped as '{name}'", f"shipped: {', '.join(SHIPPED)}")
         return SHIPPED[name]
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"data.{what}: no file {path} in {Path.cwd()}", f"data.{what} of the recipe names it")
+        raise UserError(f"{section}.{what}: no file {path} in {Path.cwd()}", f"{section}.{what} of the recipe names it")
     return path.resolve()
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 from selfimprove import chat, data, judges
 from selfimprove.errors import UserError
+from selfimprove.evaluation import lm_harness
 from selfimprove.models import locate_model
-from selfimprove.recipe import Choice, Recipe, Section
+from selfimprove.recipe import Choice, Evaluate, Recipe, Section
 from selfimprove.stages import control, discriminate, evaluate, gate, generate, improve, label, sft, synthesize, train
 from selfimprove.store import (
     SCHEMA,
@@ -66,20 +67,30 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         return f"iter-{iteration:03d}/{place[stage]}{inside}"
 
     base = f"iter-{BASE:03d}/1-evaluate"
-    measured = {"heldout": heldout} | ({"selection": "file:selection"} if recipe.data.selection else {})
-    yield Step(BASE, "1-evaluate", evaluate, recipe.evaluate, measured, {"policy": INITIAL}, True)
+    held_out = {"heldout": heldout} | ({"selection": "file:selection"} if recipe.data.selection else {})
+    files = {name: f"file:{name}" for benchmark in recipe.evaluate.benchmarks or [] for name in benchmark.files}
+    benchmarks = {name: source for name, source in files.items() if name.startswith("benchmark:")}
+    measured = held_out | files
+    asking = {  # by judges of benchmarks; "initial" is one and the same in all evaluations
+        name: INITIAL if name == INITIAL else f"model:{name}" for name in evaluate.models(recipe.evaluate)
+    }
+
+    def evaluation(iteration: int, name: str, policy: str, compared: dict[str, str]) -> Step:
+        models = {"policy": policy} | asking
+        servers = evaluate.servers(recipe.evaluate)
+        return Step(iteration, name, evaluate, recipe.evaluate, measured | compared, models, True, servers)
+
+    yield evaluation(BASE, "1-evaluate", INITIAL, {})
     if recipe.control:
         tuned = f"iter-{BASE:03d}/2-control/{control.POLICY}"
         yield Step(BASE, "2-control", control, recipe.control, {"seeds": seeds}, {"initial": INITIAL}, False)
-        yield Step(
-            BASE, CONTROL_EVALUATE, evaluate, recipe.evaluate, measured | {"base": base}, {"policy": tuned}, True
-        )
+        yield evaluation(BASE, CONTROL_EVALUATE, tuned, {"base": base})
 
     start, before = INITIAL, base  # what round 1 starts from, and its scores
     if recipe.sft:
         start, before = f"iter-{BASE:03d}/4-sft/{sft.POLICY}", f"iter-{BASE:03d}/{SFT_EVALUATE}"
         yield Step(BASE, "4-sft", sft, recipe.sft, {"seeds": seeds}, {"initial": INITIAL}, recipe.sft.ratings)
-        yield Step(BASE, SFT_EVALUATE, evaluate, recipe.evaluate, measured | {"base": base}, {"policy": start}, True)
+        yield evaluation(BASE, SFT_EVALUATE, start, {"base": base})
 
     def policy(iteration: int, which: str = train.POLICY) -> str:
         if iteration == BASE:
@@ -97,7 +108,8 @@ def steps(recipe: Recipe) -> Iterator[Step]:
             generator = {synthesize.GENERATOR: at(1, "synthesize", f"/{synthesize.GENERATOR}")} if t > 1 else {}
             yield Step(
                 t, place["synthesize"], synthesize, now.synthesize,
-                {"seeds": seeds, "corpus": corpus, **measured, **earlier}, {"initial": initial, **generator},
+                {"seeds": seeds, "corpus": corpus, **held_out, **benchmarks, **earlier},
+                {"initial": initial, **generator},
                 True,
             )  # fmt: skip
             prompts = {"prompts": at(t, "synthesize")}
@@ -154,7 +166,7 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         if compared["previous"] == base:
             del compared["previous"]
         trained_policy = at(t, "train", f"/{train.POLICY}")
-        yield Step(t, place["evaluate"], evaluate, now.evaluate, measured | compared, {"policy": trained_policy}, True)
+        yield evaluation(t, place["evaluate"], trained_policy, compared)
         if now.gate:
             last = {"last": at(t - 1, "gate")} if t > 1 else {}
             judged = {"evaluation": at(t, "evaluate"), "best": f"best:{last['last']}" if last else before, "base": base}
@@ -182,6 +194,7 @@ class Sources:
             "corpus": recipe.data.corpus,
             "heldout": recipe.data.heldout,
             "selection": recipe.data.selection or "",
+            **{name: path for one in recipe.evaluate.benchmarks or [] for name, path in one.files.items()},
         }
         self._digests: dict[str, str] = {}
 
@@ -225,6 +238,10 @@ class Sources:
             return locate_model(source.removeprefix("model:"))
         if source.startswith("file:"):
             name = source.removeprefix("file:")
+            if ":" in name:
+                what, *_, benchmark = name.split(":")
+                key = f"{benchmark}.{'answers' if what == 'answers' else 'path'}"
+                return data.locate(self._files[name], key, "evaluate.benchmarks")
             return data.locate(self._files[name], name)
         return self.run.path / source
 
@@ -237,7 +254,7 @@ class Sources:
         if source == INITIAL or source.startswith(("file:", "model:")):
             if source not in self._digests:
                 try:
-                    self._digests[source] = remembered_digest(self.run, self.path(source))
+                    self._digests[source] = self._content(source)
                 except UserError:
                     return None
             return self._digests[source]
@@ -251,6 +268,13 @@ class Sources:
             o.path.removeprefix(f"{inside[0]}/"): o.sha256 for o in manifest.outputs if o.path.startswith(inside[0])
         }
         return key_of({name: files[name] for name in files if is_model_file(name)})  # = model_identity of the directory
+
+    def _content(self, source: str) -> str:
+        """Content hash of what is outside the run; of a task of lm-evaluation-harness with all files it is made of."""
+        path = self.path(source)
+        if not source.startswith("file:benchmark:lm_eval:"):
+            return remembered_digest(self.run, path)
+        return key_of({str(i): remembered_digest(self.run, one) for i, one in enumerate(lm_harness.task(path).files)})
 
 
 def examine(run: Run, recipe: Recipe) -> list[Examined]:
@@ -305,6 +329,7 @@ def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, An
         for choice in _choices(step.section)
         for name, path in judges.files(choice).items()
     }
+    templates = dict.fromkeys([*step.stage.TEMPLATES, *_templates(step.section)])
     optional = {"servers": {name: recipe.servers[name].identity for name in step.servers}, "files": files}
     return {
         "schema": SCHEMA,
@@ -312,20 +337,36 @@ def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, An
         "version": step.stage.VERSION,
         "iteration": step.iteration,
         "seed": recipe.seed,
-        "section": step.section.model_dump(exclude_none=True),
+        "section": _told(step.section),
         "engine": recipe.engine.model_dump() if step.samples else {},
-        "templates": {name: sha256(chat.template_path(name)) for name in step.stage.TEMPLATES},
+        "templates": {name: sha256(chat.template_path(name)) for name in templates},
         "inputs": inputs,
         "models": models,
     } | {name: what for name, what in optional.items() if what}
 
 
+def _told(section: Section) -> dict[str, Any]:
+    """A section as keys have it: files of benchmarks enter by their content, not by their places."""
+    table = section.model_dump(exclude_none=True)
+    for benchmark in table.get("benchmarks", []):
+        benchmark.pop("path")
+        benchmark.pop("answers", None)
+    return table
+
+
+def _templates(section: Section) -> list[str]:
+    """The prompt templates that a section's judges and benchmarks read."""
+    found = [name for choice in _choices(section) for name in judges.templates(choice)]
+    return found + (evaluate.templates(section) if isinstance(section, Evaluate) else [])
+
+
 def _choices(section: Section) -> Iterator[Choice]:
     for _, value in section:
-        if isinstance(value, Choice):
-            yield value
-        elif isinstance(value, Section):
-            yield from _choices(value)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Choice):
+                yield one
+            elif isinstance(one, Section):
+                yield from _choices(one)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

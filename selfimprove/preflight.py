@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from selfimprove import chat, data, judges
 from selfimprove.engine import checkpoints
 from selfimprove.errors import UserError
-from selfimprove.judges.panel import RUN, SERVER
+from selfimprove.judges.panel import RUN
+from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
-from selfimprove.recipe import Choice, Recipe, Train
+from selfimprove.recipe import Benchmark, Choice, Recipe, Train
 from selfimprove.stages import discriminate, evaluate, label, train
 from selfimprove.training.job import PairRow
 
@@ -23,10 +24,11 @@ def check(chosen: Recipe) -> None:
     Raises:
         UserError: a missing file, an unknown judge, rule or loss, a model directory that cannot serve.
     """
+    evaluate.check(chosen.evaluate)
     apart(chosen)
+    measurable(chosen)
     if chosen.synthesize:
         data.read_paragraphs(data.locate(chosen.data.corpus, "corpus"))
-    evaluate.check(chosen.evaluate)
     rounds = [chosen.at(iteration) for iteration in range(1, chosen.rounds + 1)]
     for iteration, now in enumerate(rounds, 1):
         if iteration == 1 or now != rounds[iteration - 2]:
@@ -66,26 +68,69 @@ def check(chosen: Recipe) -> None:
 
 
 def apart(chosen: Recipe) -> None:
-    """Whether no prompt stands in two of seeds, held-out and selection prompts.
+    """Whether no prompt stands in two of what is trained on, what the gate looks at, and what is reported.
+
+    Reported are the held-out prompts and the benchmarks, which may share what they like.
 
     Raises:
         UserError: one does.
     """
-    prompts = {"seeds": [(s.prompt_id, s.prompt) for s in data.read_seeds(data.locate(chosen.data.seeds, "seeds"))]}
-    for name in ("heldout", "selection"):
-        if path := getattr(chosen.data, name):
-            rows = data.read_heldout(data.locate(path, name), name)
-            prompts[name] = [(row.prompt_id, row.prompt) for row in rows]
-    why = {
-        "seeds": "what is trained on cannot be held out",
-        "heldout": "what the gate looks at cannot be what is reported",
-    }
-    for one, other in itertools.combinations(prompts, 2):
-        folded = {data.fold(prompt) for _, prompt in prompts[other]}
-        if shared := [prompt_id for prompt_id, prompt in prompts[one] if data.fold(prompt) in folded]:
+    from selfimprove.evaluation import kinds
+
+    seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
+    trained = {"data.seeds": [(seed.prompt_id, seed.prompt) for seed in seeds]}
+    reported = {"data.heldout": _held_out(chosen.data.heldout, "heldout")}
+    looked_at = {"data.selection": _held_out(chosen.data.selection, "selection")} if chosen.data.selection else {}
+    for benchmark in chosen.evaluate.benchmarks or []:
+        name = f"evaluate.benchmarks.{benchmark.name}"
+        reported[name] = kinds.held_out({next(iter(benchmark.files)): _located(benchmark)[0]})
+    why = "what is trained on cannot be held out", "what the gate looks at cannot be what is reported"
+    for ours, theirs, reason in [
+        (trained, reported | looked_at, why[0]),
+        (looked_at, reported, why[1]),
+    ]:
+        for (one, prompts), (other, others) in itertools.product(ours.items(), theirs.items()):
+            folded = {data.fold(prompt) for _, prompt in others}
+            if shared := [prompt_id for prompt_id, prompt in prompts if data.fold(prompt) in folded]:
+                raise UserError(
+                    f"{len(shared)} prompts of {one} stand in {other} too, the first is '{shared[0]}'",
+                    f"remove them from one of the files: {reason}",
+                )
+
+
+def _held_out(path: str, what: str) -> list[tuple[str, str]]:
+    return [(row.prompt_id, row.prompt) for row in data.read_heldout(data.locate(path, what), what)]
+
+
+def _located(benchmark: Benchmark) -> list[Path]:
+    """Its files, that of the prompts first."""
+    given = {"path": benchmark.path, "answers": benchmark.answers}
+    return [data.locate(path, f"{benchmark.name}.{key}", "evaluate.benchmarks") for key, path in given.items() if path]
+
+
+def measurable(chosen: Recipe) -> None:
+    """Whether the files of benchmarks can be read, and have what their judges need.
+
+    Raises:
+        UserError: a file is missing or wrong, or a reference answer is missing.
+    """
+    from selfimprove.evaluation import kinds
+
+    for benchmark in chosen.evaluate.benchmarks or []:
+        files = _located(benchmark)
+        if benchmark.kind == kinds.HARNESS:
+            if chosen.engine.kind == "fake":
+                raise UserError(
+                    f"benchmark '{benchmark.name}': lm-evaluation-harness loads the model itself, no engine of ours",
+                    'set engine.kind = "vllm" or "transformers"',
+                )
+            continue  # its task was read for its prompts
+        read = kinds.questions(benchmark, dict(zip(benchmark.files, files, strict=True)))
+        needy = benchmark.judge is not None and judges.needs_answer(benchmark.judge)
+        if needy and (bare := [one.prompt_id for one in read.questions if not one.answers]):
             raise UserError(
-                f"{len(shared)} prompts of data.{one} stand in data.{other} too, the first is '{shared[0]}'",
-                f"remove them from one of the files: {why[one]}",
+                f"benchmark '{benchmark.name}': its judge needs reference answers, and '{bare[0]}' has none",
+                "give every prompt an answer, or choose another judge",
             )
 
 
@@ -99,8 +144,8 @@ def judged(chosen: Recipe) -> None:
         UserError: one is missing, or stands in the recipe for nothing.
     """
     section, known = chosen.label, chosen.servers
-    asked = label.servers(section)
-    for one in label.all_judges(section):
+    asked = [*label.servers(section), *evaluate.servers(chosen.evaluate)]
+    for one in [*label.all_judges(section), *evaluate.all_judges(chosen.evaluate)]:
         for name in [] if judges.members(one) else judges.models(one):
             if name not in RUN and not name.startswith(SERVER):
                 CHECKS.get(one.name, checkpoints.check_weights)(locate_model(name))
@@ -259,6 +304,8 @@ def fits_together(chosen: Recipe) -> None:
     }
     longest = {name: sampling.max_tokens for name, sampling in samplings.items() if sampling}
     longest["evaluate"] = chosen.evaluate.max_tokens
+    for benchmark in chosen.evaluate.benchmarks or []:
+        longest[f"evaluate.benchmarks.{benchmark.name}"] = benchmark.max_tokens or 0
     for wrong, sentence, hint in [
         *(
             (tokens >= room, f"{name}.max_tokens = {tokens} leaves no room for a prompt", "raise engine.max_model_len")

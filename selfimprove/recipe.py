@@ -287,13 +287,46 @@ class Train(Section):
         return self
 
 
+BenchmarkKind = Literal["gsm8k", "ifeval", "alpaca_eval", "arena_hard", "mt_bench", "prompts", "lm_eval"]
+
+
+class Benchmark(Section):
+    """A published benchmark, or prompts of one's own, answered greedily; see docs/evaluation.md."""
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")  # enters artifacts
+    kind: BenchmarkKind
+    path: str  # the prompts, in the benchmark's published format; of lm_eval the task's YAML
+    answers: str | None = None  # arena_hard: the baseline's answers; mt_bench: reference answers
+    judge: Choice | None = None  # not where the kind checks answers itself
+    max_tokens: int | None = Field(None, ge=1)  # of an answer; unset = evaluate.max_tokens
+    limit: int | None = Field(None, ge=2)  # the first so many prompts
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Its files, by the names under which stages see them.
+
+        That of the prompts says of which kind they are, for stages that see no more of a benchmark.
+        """
+        found = {f"benchmark:{self.kind}:{self.name}": self.path}
+        return found | ({f"answers:{self.name}": self.answers} if self.answers else {})
+
+
 class Evaluate(Section):
-    """Held-out accuracy, greedy and sampled."""
+    """Held-out accuracy, greedy and sampled; and benchmarks beside it."""
 
     judge: Choice
     n: int = Field(4, ge=1)  # sampled completions per prompt
     temperature: float = Field(1.0, gt=0)
     max_tokens: int = Field(64, ge=1)
+    benchmarks: list[Benchmark] | None = Field(None, min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks or []]
+        for name in names:
+            if names.count(name) > 1 or name in ("greedy", "sampled"):
+                raise ValueError(f"benchmarks: the name '{name}' is taken")
+        return self
 
 
 Metric = Literal["greedy", "sampled"]
@@ -532,5 +565,6 @@ def _hint(error: Any, model: Any) -> str:
         if field is None:
             break
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        options += [inner for option in options[1:] for inner in getattr(option, "__args__", ())]  # list[...] | None
         model = next((o for o in options if inspect.isclass(o) and issubclass(o, pydantic.BaseModel)), model)
     return f"known keys here: {', '.join(field.alias or name for name, field in model.model_fields.items())}"

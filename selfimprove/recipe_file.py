@@ -9,7 +9,7 @@ from typing import Any
 import tomlkit
 
 from selfimprove.errors import UsageError, UserError
-from selfimprove.recipe import Choice, Data, Edit, Model, Recipe, put, shipped, validated
+from selfimprove.recipe import Benchmark, Choice, Data, Edit, Model, Recipe, put, shipped, validated
 
 
 def shipped_recipes() -> list[Path]:
@@ -67,11 +67,23 @@ def absolute(recipe: Recipe) -> Recipe:
             second = _absolute_judge(recipe.label.audit.second)
             update["audit"] = recipe.label.audit.model_copy(update={"second": second})
         changed["label"] = recipe.label.model_copy(update=update)
+    if recipe.evaluate.benchmarks:
+        benchmarks = [_absolute_benchmark(one) for one in recipe.evaluate.benchmarks]
+        changed["evaluate"] = recipe.evaluate.model_copy(update={"benchmarks": benchmarks})
     return recipe.model_copy(update=changed)
 
 
 def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if not name.startswith("demo:") and Path(name).exists() else name
+
+
+def _absolute_benchmark(benchmark: Benchmark) -> Benchmark:
+    changed: dict[str, Any] = {"path": _absolute(benchmark.path)}
+    if benchmark.answers:
+        changed["answers"] = _absolute(benchmark.answers)
+    if benchmark.judge:
+        changed["judge"] = _absolute_judge(benchmark.judge)
+    return benchmark.model_copy(update=changed)
 
 
 def _absolute_judge(choice: Choice) -> Choice:

@@ -44,7 +44,7 @@ def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
         )
         if scores := read_scores(run, step):
             of = beside.setdefault(step.name, {}) if step.name in (CONTROL_EVALUATE, SFT_EVALUATE) else entry
-            of |= {"scores": scores["scores"], "comparisons": scores["comparisons"]}
+            of |= {name: scores[name] for name in ("scores", "comparisons", "benchmarks") if name in scores}
         if decision := read_decision(run, step):
             entry["gate"] = decision
     finished = all(s["state"] == "done" for e in iterations.values() for s in e["stages"])

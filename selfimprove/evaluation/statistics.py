@@ -68,6 +68,17 @@ def clustered_mean(per_prompt: Sequence[float]) -> Interval:
     return _mean(values, _error(values), len(values))
 
 
+def mean(per_prompt: Sequence[float]) -> Interval:
+    """Mean of per-prompt scores that are no shares, such as ratings, by Student's t; without spread, without width.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    values = np.asarray(per_prompt, dtype=float)
+    middle, half = float(values.mean()), float(special.stdtrit(len(values) - 1, 1 - TAIL)) * _error(values)
+    return Interval(middle, middle - half, middle + half, len(values))
+
+
 def mean_over_clusters(values: Sequence[float], clusters: Sequence[str]) -> Interval:
     """Mean of values that hang together in clusters: the instructions of one prompt, the turns of a dialogue.
 

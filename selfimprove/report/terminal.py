@@ -13,6 +13,7 @@ from selfimprove.plan import BASE, Examined, Step
 from selfimprove.store import Manifest
 from selfimprove.study import Ended, Planned
 
+MOST_BENCHMARKS = 3  # that have a column each
 STATES = {"done": "green", "running": "cyan", "failed": "red", "stale": "yellow", "missing": "dim"}
 
 
@@ -159,13 +160,20 @@ class StudyWatcher:
 
 
 def iterations_table(summary: dict[str, Any]) -> Table:
-    """One row an iteration: held-out accuracy with its 95 % interval, and the change against the base."""
+    """One row an iteration: held-out accuracy with its 95 % interval, and the change against the base.
+
+    Benchmarks have a column each where there are few.
+    """
     table = Table(
         title=f"run {summary['run']} (recipe {summary['recipe']}): {summary['state']}",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    for heading in ("", "greedy", "vs base", "sampled", "vs base"):
+    benchmarks = list(summary["base"].get("benchmarks", {}))
+    shown = benchmarks if len(benchmarks) <= MOST_BENCHMARKS else []
+    if benchmarks and not shown:
+        table.caption = f"{len(benchmarks)} benchmarks: status {summary['run']} --json"
+    for heading in ("", "greedy", "vs base", "sampled", "vs base", *shown):
         table.add_column(heading, no_wrap=True)
     rows = [("base", summary["base"])]
     if summary["sft"]:
@@ -175,7 +183,7 @@ def iterations_table(summary: dict[str, Any]) -> Table:
         rows.append(("SFT control", summary["control"]))
     for name, entry in rows:
         if not entry["scores"]:
-            table.add_row(name, *["-"] * 4)
+            table.add_row(name, *["-"] * (4 + len(shown)))
             continue
         compared = entry.get("comparisons", {})
         cells = [
@@ -183,7 +191,7 @@ def iterations_table(summary: dict[str, Any]) -> Table:
             for mode in ("greedy", "sampled")
             for text in (score(entry["scores"][mode]), change(compared, "base", mode))
         ]
-        table.add_row(name, *cells)
+        table.add_row(name, *cells, *(score(entry["benchmarks"][benchmark]) for benchmark in shown))
     return table
 
 

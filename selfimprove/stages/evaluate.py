@@ -1,4 +1,7 @@
-"""Held-out accuracy, greedy and sampled, with 95 % intervals and paired tests against the base and the last round."""
+"""Held-out accuracy, greedy and sampled, with 95 % intervals and paired tests against the base and the last round.
+
+Benchmarks beside it are run by benchmarks.py.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -7,6 +10,7 @@ from selfimprove import data, judges, recipe
 from selfimprove.errors import UserError
 from selfimprove.judges import Candidate, Judge
 from selfimprove.records import HeldOut, Sample
+from selfimprove.stages import benchmarks
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import read_rows
 
@@ -32,11 +36,34 @@ def check(section: recipe.Evaluate) -> Judge:
             f"evaluate.judge '{section.judge.name}' cannot score held-out answers",
             'for example evaluate.judge = { name = "verifier", checker = "exact" }',
         )
+    for benchmark in section.benchmarks or []:
+        benchmarks.check(benchmark)
     return judge
 
 
+def all_judges(section: recipe.Evaluate) -> list[recipe.Choice]:
+    """The judge of the held-out answers, those of benchmarks, and the members of ensembles."""
+    return judges.everyone([section.judge, *(benchmark.judge for benchmark in section.benchmarks or [])])
+
+
+def models(section: recipe.Evaluate) -> list[str]:
+    """The local models that judges of benchmarks ask, "initial" or by directory or hub id."""
+    return judges.asked(all_judges(section)).models
+
+
+def servers(section: recipe.Evaluate) -> list[str]:
+    """The servers of the recipe that judges of benchmarks ask."""
+    return judges.asked(all_judges(section)).servers
+
+
+def templates(section: recipe.Evaluate) -> list[str]:
+    """The prompt templates that benchmarks ask in and show their judges."""
+    kinds = [benchmark.kind for benchmark in section.benchmarks or []]
+    return [of[kind] for kind in kinds for of in (benchmarks.ASKED, benchmarks.SHOWN) if kind in of]
+
+
 def run(io: StageIO, section: recipe.Evaluate) -> None:
-    """Write samples-*.parquet and scores.json."""
+    """Write samples-*.parquet, scores.json, and what benchmarks.py writes."""
     samples: list[Sample] = []
     asked = 0
     for split, name in SPLITS.items():
@@ -49,17 +76,19 @@ def run(io: StageIO, section: recipe.Evaluate) -> None:
             "fewer than two held-out prompts fit into the context", "a larger engine.max_model_len, or shorter prompts"
         )
     io.out.write_rows("samples", Sample, samples)
-    io.out.contract("answer", asked, len(samples))
     unknown = sum(sample.score is None for sample in samples)
     if unknown:
         raise UserError(
             f"{unknown} held-out answers could not be scored ({next(s.reason for s in samples if s.score is None)})",
             "evaluate.judge must be able to score every prompt of data.heldout and data.selection",
         )
-    earlier = {
-        name: read_rows(path, "samples", Sample) for name, path in io.inputs.items() if name not in SPLITS.values()
-    }
-    io.out.write_json("scores.json", scores(samples, earlier) | {"iteration": io.iteration})
+    earlier = {name: read_rows(io.inputs[name], "samples", Sample) for name in benchmarks.EARLIER if name in io.inputs}
+    found = scores(samples, earlier) | {"iteration": io.iteration}
+    measured = benchmarks.run(io, section)
+    if section.benchmarks:
+        found["benchmarks"] = measured.figures
+    io.out.contract("answer", asked + measured.asked, len(samples) + measured.answered)
+    io.out.write_json("scores.json", found)
 
 
 def _answered(io: StageIO, section: recipe.Evaluate, split: str, heldout: list[HeldOut]) -> list[Sample]:

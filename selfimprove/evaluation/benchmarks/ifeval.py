@@ -57,13 +57,14 @@ def score(path: Path, prompts: Path | None = None) -> dict[str, Any]:
         "ignored": {},
         "prompts_without_response": asked_for - len(found),
         "unused_fields": fields.unused(rows, USED),
-        "strict": _shares([one.strict for one in every]),
-        "loose": _shares([one.loose for one in every]),
+        "strict": shares([one.strict for one in every]),
+        "loose": shares([one.loose for one in every]),
         "per_prompt": [one._asdict() for one in every],
     }
 
 
-def _shares(verdicts: Sequence[list[bool]]) -> dict[str, Any]:
+def shares(verdicts: Sequence[list[bool]]) -> dict[str, Any]:
+    """Of prompts whose instructions are all followed, and of instructions, each with its 95 % interval."""
     prompt = proportion([float(all(one)) for one in verdicts])
     flat = [float(followed) for one in verdicts for followed in one]
     clusters = [str(number) for number, one in enumerate(verdicts) for _ in one]
