@@ -1,14 +1,28 @@
-"""Intervals and paired tests over per-prompt scores, by scipy."""
+"""Intervals and paired tests over per-prompt scores, by scipy.
 
+Scores and differences are shares: 1 is every prompt right, 0.01 is one point. Where nothing varied, the bounds take it
+that a score lies between 0 and 1. Every interval here is a 95 % one; docs/evaluation.md says what each means.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import numpy.typing as npt
+from scipy import special, stats
+
+Values = npt.NDArray[np.float64]
+
+TAIL = 0.025  # on each side of a 95 % interval
+POWER = 0.8
+RESAMPLES = 10_000
+CHUNK = 1_000_000  # prompts that the bootstrap draws at once: some 12 MB
+ROUNDING = 1e-12  # a difference or a standard error below this is none
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % interval."""
+    """A mean with its 95 % interval; n counts what is independent: prompts, or clusters."""
 
     value: float
     low: float
@@ -17,7 +31,10 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A paired difference (new - old) on the same prompts, with its 95 % interval and two-sided p-value."""
+    """A paired difference (new - old) on the same prompts, with its 95 % interval and two-sided p-value.
+
+    `mde`, the minimum detectable effect, is the smallest true difference that such a comparison shows 4 times in 5.
+    """
 
     difference: float
     low: float
@@ -25,6 +42,10 @@ class Comparison(NamedTuple):
     p: float
     test: str
     n: int
+    mde: float
+
+
+# --- one score ---------------------------------------------------------------------------------------------------
 
 
 def proportion(outcomes: Sequence[float]) -> Interval:
@@ -37,30 +58,144 @@ def proportion(outcomes: Sequence[float]) -> Interval:
 def clustered_mean(per_prompt: Sequence[float]) -> Interval:
     """Mean of per-prompt means; the interval counts prompts, not samples (arXiv 2411.00640), by Student's t.
 
-    Where every prompt scores 0, or every one 1, there is no spread to go by: Wilson's interval over prompts then.
+    Where every prompt scores 0, or every one 1, there is no spread to go by: Wilson's interval over prompts then. Where
+    all have the same score between: as far as prompts that were not seen could move it, by `rule_of_three`.
+
+    Raises:
+        ValueError: fewer than two prompts.
     """
     values = np.asarray(per_prompt, dtype=float)
-    if len(values) >= 2 and (not values.any() or (values.all() and (values == 1).all())):
-        return proportion(per_prompt)
-    mean, half = _mean_and_half_width(values)
-    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), len(values))
+    return _mean(values, _error(values), len(values))
+
+
+def mean_over_clusters(values: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """Mean of values that hang together in clusters: the instructions of one prompt, the turns of a dialogue.
+
+    Student's t with as many degrees of freedom as clusters, less one, on `clustered_error` times sqrt(C / (C - 1)),
+    like statsmodels and Stata. Clusters of one size give what `clustered_mean` gives on their means. With few clusters
+    of very different sizes it is too narrow.
+
+    Raises:
+        ValueError: fewer than two clusters.
+    """
+    array = np.asarray(values, dtype=float)
+    number = len(set(clusters))
+    return _mean(array, _corrected(array, clusters), number)
+
+
+def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
+    """The standard error of a mean with clusters: the root of the sum of squared cluster sums about the mean, over n.
+
+    Miller 2024, arXiv 2411.00640, equation 4; no correction for a small number of clusters.
+    """
+    array = np.asarray(values, dtype=float)
+    index = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums = np.bincount(index, array - array.mean())
+    return float(np.sqrt((sums**2).sum())) / len(array)
+
+
+def rule_of_three(n: int, tail: float = 0.05) -> float:
+    """The share that something could have, though none was seen among n; wrong with a chance of at most `tail`.
+
+    1 - tail ** (1 / n), about 3 / n: Hanley and Lippman-Hand, JAMA 249 (1983); Clopper and Pearson's bound for 0 of n.
+    """
+    return float(1 - tail ** (1 / n))
+
+
+# --- two scores of the same prompts ------------------------------------------------------------------------------
 
 
 def compare_binary(old: Sequence[float], new: Sequence[float]) -> Comparison:
-    """McNemar's exact test on 0/1 outcomes: two-sided binomial on the discordant pairs."""
-    before, after = np.asarray(old), np.asarray(new)
-    gained, lost = int(((after == 1) & (before == 0)).sum()), int(((after == 0) & (before == 1)).sum())
-    p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    mean, half = _mean_and_half_width(after - before)
-    return Comparison(mean, mean - half, mean + half, p, "McNemar exact", len(before))
+    """McNemar's exact test on 0/1 outcomes: two-sided binomial on the discordant pairs; interval as in `compare_means`.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    return _compared(_differences(old, new), "McNemar exact")
 
 
 def compare_means(old: Sequence[float], new: Sequence[float]) -> Comparison:
-    """Paired t-test on per-prompt means."""
-    difference = np.asarray(new, dtype=float) - np.asarray(old, dtype=float)
-    mean, half = _mean_and_half_width(difference)
-    p = float(stats.ttest_1samp(difference, 0.0).pvalue) if difference.any() else 1.0
-    return Comparison(mean, mean - half, mean + half, p, "paired t", len(difference))
+    """Paired t-test on per-prompt means; where all differences are equal, the sign test's p.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    return _compared(_differences(old, new), "paired t")
+
+
+def compare_signs(old: Sequence[float], new: Sequence[float]) -> Comparison:
+    """The sign test: two-sided binomial on the prompts that differ, without ties; interval as in `compare_means`.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    return _compared(_differences(old, new), "sign")
+
+
+def compare_clustered(old: Sequence[float], new: Sequence[float], clusters: Sequence[str]) -> Comparison:
+    """The paired difference where values of a cluster hang together; see `mean_over_clusters`. n counts clusters.
+
+    Raises:
+        ValueError: fewer than two clusters.
+    """
+    difference = _differences(old, new)
+    return _compared(difference, "clustered t", _corrected(difference, clusters), len(set(clusters)))
+
+
+def compare_bootstrap(
+    old: Sequence[float], new: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
+) -> Comparison:
+    """Paired bootstrap: prompts are drawn again with all that belongs to them; percentile interval, p by its inversion.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    difference = _differences(old, new)
+    plain = _compared(difference, "paired bootstrap")
+    if _error(difference) < ROUNDING:
+        return plain
+    rng, n = np.random.default_rng(seed), len(difference)
+    rows = max(1, CHUNK // n)
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    means = np.concatenate([difference[rng.integers(n, size=(of, n), dtype=np.int32)].mean(axis=1) for of in sizes])
+    low, high = np.quantile(means, [TAIL, 1 - TAIL])
+    beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    p = min(1.0, 2 * (beyond + 1) / (resamples + 1))
+    return plain._replace(low=float(low), high=float(high), p=p)
+
+
+class Bounds(NamedTuple):
+    """A paired difference between two bounds, each wrong with a chance of at most the tail that was asked for."""
+
+    difference: float
+    low: float
+    high: float
+    n: int
+    mde: float
+
+
+def bounds(difference: Sequence[float] | Values, tail: float) -> Bounds:
+    """Bounds that hold far out in the tails, where few prompts moved too: Student's t over the prompts that moved.
+
+    The degrees of freedom are the number of differences that are not zero, less one: only these say how far a prompt
+    moves. Seven of 100 prompts, all gained, are no proof at 0.005 (the sign test says 0.008); by 99 degrees of freedom
+    they would be.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    values = np.asarray(difference, dtype=float)
+    freedom = max(1, int((np.abs(values) > ROUNDING).sum()) - 1)
+    return _bounds(values, _error(values), len(values), freedom, tail)
+
+
+def minimum_detectable_effect(error: float, freedom: float, tail: float = TAIL, power: float = POWER) -> float:
+    """The smallest true difference whose bound at `tail` leaves zero out with the given power, in the units of `error`.
+
+    (t(1 - tail) + t(power)) * error, 2.8 standard errors for 95 % and .8 (arXiv 2411.00640, section 5). Its error comes
+    from the data at hand: another data set of the same kind says it a little differently.
+    """
+    return float(special.stdtrit(freedom, 1 - tail) + special.stdtrit(freedom, power)) * error
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -73,9 +208,63 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _mean_and_half_width(values: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> tuple[float, float]:
-    n = len(values)
-    if n < 2:
+# --- the parts ---------------------------------------------------------------------------------------------------
+
+
+def _differences(old: Sequence[float], new: Sequence[float]) -> Values:
+    before: Values = np.asarray(old, dtype=float)
+    after: Values = np.asarray(new, dtype=float)
+    if before.shape != after.shape:
+        raise ValueError("a paired comparison needs the same prompts twice")
+    return np.subtract(after, before)
+
+
+def _error(values: Values) -> float:
+    if len(values) < 2:
         raise ValueError("an interval needs at least two prompts")
-    error = float(values.std(ddof=1)) / n**0.5
-    return float(values.mean()), float(stats.t.ppf(0.975, n - 1)) * error
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def _corrected(values: Values, clusters: Sequence[str]) -> float:
+    number = len(set(clusters))
+    if number < 2:
+        raise ValueError("an interval needs at least two clusters")
+    return clustered_error(values.tolist(), clusters) * math.sqrt(number / (number - 1))
+
+
+def _mean(values: Values, error: float, n: int) -> Interval:
+    mean = float(values.mean())
+    if error >= ROUNDING:
+        half = float(special.stdtrit(n - 1, 1 - TAIL)) * error
+        return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), n)
+    if mean in (0.0, 1.0):
+        return proportion([mean] * n)
+    unseen = rule_of_three(n, TAIL)
+    return Interval(mean, mean * (1 - unseen), mean + (1 - mean) * unseen, n)
+
+
+def _compared(difference: Values, test: str, error: float | None = None, n: int | None = None) -> Comparison:
+    error, n = _error(difference) if error is None else error, n or len(difference)
+    found = _bounds(difference, error, n, n - 1, TAIL)
+    if test in ("McNemar exact", "sign") or error < ROUNDING:
+        gained, lost = int((difference > ROUNDING).sum()), int((difference < -ROUNDING).sum())
+        p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    else:
+        p = 2 * float(special.stdtr(n - 1, -abs(found.difference) / error))
+    return Comparison(found.difference, found.low, found.high, p, test, n, found.mde)
+
+
+def _bounds(difference: Values, error: float, n: int, freedom: int, tail: float) -> Bounds:
+    mean = float(difference.mean())
+    if error >= ROUNDING:
+        half = float(special.stdtrit(freedom, 1 - tail)) * error
+        return Bounds(mean, mean - half, mean + half, n, minimum_detectable_effect(error, freedom, tail))
+    # Every prompt moved alike: other prompts could move as far as scores go.
+    unseen, reach = rule_of_three(n, tail), max(1.0, abs(mean))
+    return Bounds(mean, mean - unseen * (mean + reach), mean + unseen * (reach - mean), n, _mde_without_spread(n, tail))
+
+
+def _mde_without_spread(n: int, tail: float) -> float:
+    """The expected share of gained prompts, none lost, of which the sign test sees enough with POWER (Poisson)."""
+    enough = np.ceil(-np.log2(tail))
+    return float(min(1.0, stats.chi2.ppf(POWER, 2 * enough) / 2 / n))
