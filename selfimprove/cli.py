@@ -296,6 +296,52 @@ def report(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN_A RUN_B ...", help="Runs in ./runs; the others are held against RUN_A.")
+    ],
+    as_json: AsJson = False,
+    out: Annotated[
+        Optional[Path], typer.Option(metavar="FILE.html", help="Also write one self-contained HTML page.")
+    ] = None,
+) -> None:
+    """Runs side by side: recipes, scores, paired differences on the same held-out prompts, cost."""
+    if len(set(runs)) < 2 or len(set(runs)) < len(runs):
+        raise UsageError("compare needs two runs or more, each once", "selfimprove compare RUN_A RUN_B")
+    from selfimprove import comparison
+    from selfimprove.report import compare as drawing
+
+    told = comparison.compare([comparison.side(*_open(run)) for run in runs])
+    if out:
+        out.write_text(drawing.page(told), encoding="utf-8")
+        print(out, file=sys.stderr)
+    if as_json:
+        _json(told)
+        return
+    from rich.console import Console
+
+    drawing.show(told, Console())
+
+
+@app.command()
+def gate(run: RunName, as_json: AsJson = False) -> None:
+    """What the gate said of the latest round, and why; exit code 3 where it was not promoted."""
+    from selfimprove.stages.gate import PROMOTE
+    from selfimprove.status import last_decision
+
+    found, chosen = _open(run)
+    iteration, decision = last_decision(found, chosen)
+    if as_json:
+        _json({"run": run, "iteration": iteration, **decision})
+    else:
+        from selfimprove.report import decision as drawing
+
+        print(drawing.told(run, iteration, decision))
+    if decision["decision"] != PROMOTE:
+        raise typer.Exit(3)
+
+
+@app.command()
 def audit(
     recipe: Annotated[
         Optional[str], typer.Argument(metavar="RECIPE", help="Its label judge is asked now; not with --verdicts.")
