@@ -233,12 +233,13 @@ def status(run: RunName, as_json: AsJson = False) -> None:
     from rich.console import Console
 
     from selfimprove.report import terminal
+    from selfimprove.report.escape import line
 
     console = Console()
     console.print(terminal.stages_table(told))
     console.print(terminal.iterations_table(told))
     if told["error"]:
-        console.print(f"stopped by: {told['error']}", highlight=False, markup=False)
+        console.print(f"stopped by: {line(told['error'])}", highlight=False, markup=False)
 
 
 @app.command()
@@ -509,7 +510,9 @@ def _open(name: str) -> tuple[Any, Any]:
 
 
 def _json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    from selfimprove.report.escape import as_json
+
+    print(as_json(value))
 
 
 def main() -> NoReturn:
@@ -517,7 +520,9 @@ def main() -> NoReturn:
     try:
         app()
     except UserError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        from selfimprove.report.escape import visible
+
+        print(f"error: {visible(error.message)}", file=sys.stderr)
         if error.hint:
             print(f"\nhint: {error.hint}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

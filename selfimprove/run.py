@@ -21,7 +21,7 @@ from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
 from selfimprove.models import is_hub_id, locate_model
-from selfimprove.plan import BASE, INITIAL, Sources, Step, examine, ingredients_of, steps, stops, upstream
+from selfimprove.plan import INITIAL, Sources, Step, examine, ingredients_of, steps, stops, upstream
 from selfimprove.preflight import check
 from selfimprove.recipe import Recipe
 from selfimprove.stages.io import StageIO

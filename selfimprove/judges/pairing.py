@@ -7,6 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from selfimprove.judges.protocol import Candidate, Opinion, Preference
+from selfimprove.ngrams import repetition
 from selfimprove.records import Message, Pair
 
 
@@ -145,13 +146,6 @@ def improver_vs_initial(
     if score <= first.score or score - first.score < min_gap:
         return Dropped("no score gap")
     return [(chosen, first)]
-
-
-def repetition(text: str) -> float:
-    """Share of the words of a text that are in a repeated four-word sequence seen before (0 for short texts)."""
-    words = text.split()
-    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def best_vs_random(judged: Sequence[Judged], rng: random.Random) -> Pairs | Dropped:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfimprove.comparison import BEST, FINAL, share, signed
+from selfimprove.report.escape import line
 from selfimprove.results import MODES
 
 TEMPLATE = Path(__file__).parent / "compare.html.jinja"
@@ -31,7 +32,7 @@ def show(told: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"{conclusion(row)} Holm p {_p(row['p_holm'])}."), soft_wrap=True)
     console.print()
     for note in told["notes"]:
-        console.print(Text(plain(note), style="dim"), soft_wrap=True)
+        console.print(Text(line(note), style="dim"), soft_wrap=True)
 
 
 def page(told: Mapping[str, Any]) -> str:
@@ -39,21 +40,21 @@ def page(told: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        names=[plain(one["run"]) for one in told["runs"]],
+        names=[line(one["run"]) for one in told["runs"]],
         conclusions=[(row["called"], conclusion(row)) for row in told["comparisons"]],
-        notes=[plain(note) for note in told["notes"]],
+        notes=[line(note) for note in told["notes"]],
         tables=tables(told),
     )
 
 
 def tables(told: Mapping[str, Any], with_differences: bool = True) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and cells of each table that has rows."""
-    names = [plain(one["run"]) for one in told["runs"]]
+    names = [line(one["run"]) for one in told["runs"]]
     every = [
         ("Recipes, where they differ", ["", *names], _recipes(told["recipes"])),
         ("Scores, each on all its own held-out prompts", ["", "round", *MODES, "prompts"], _scores(told["runs"])),
         (
-            f"Against {plain(told['against'])}, prompt by prompt",
+            f"Against {line(told['against'])}, prompt by prompt",
             ["", "rounds", "score", "difference [95 %]", "detectable", "p", "Holm p", "prompts", ""],
             [_comparison(row) for row in told["comparisons"] if with_differences],
         ),
@@ -65,22 +66,17 @@ def tables(told: Mapping[str, Any], with_differences: bool = True) -> list[tuple
 def conclusion(row: Mapping[str, Any]) -> str:
     """One comparison in a sentence."""
     which = f"{row['rounds']} round ({row['iteration']} against {row['against_iteration']})"
-    return f"{plain(row['run'])}, {which}, {row['mode']}, {row['n']} prompts: {row['sentence']}."
-
-
-def plain(text: str) -> str:
-    """The text on one line, control characters shown and not obeyed."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return f"{line(row['run'])}, {which}, {row['mode']}, {row['n']} prompts: {row['sentence']}."
 
 
 def _recipes(differences: Mapping[str, Sequence[Any]]) -> list[list[str]]:
-    return [[plain(key), *map(_setting, values)] for key, values in differences.items()]
+    return [[line(key), *map(_setting, values)] for key, values in differences.items()]
 
 
 def _setting(value: Any) -> str:
     if value is None:
         return "-"
-    text = plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    text = line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ({len(text) - LONGEST} more characters)"
 
 
@@ -91,7 +87,7 @@ def _scores(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             scores = one[which]["scores"]
             cells = [f"{share(s['value'])} [{share(s['ci95'][0])}, {share(s['ci95'][1])}]" for s in _modes(scores)]
             prompts = str(next(_modes(scores))["n"])
-            rows.append([f"{plain(one['run'])}, {which}", str(one[which]["iteration"]), *cells, prompts])
+            rows.append([f"{line(one['run'])}, {which}", str(one[which]["iteration"]), *cells, prompts])
     return rows
 
 
@@ -102,7 +98,7 @@ def _modes(scores: Mapping[str, Any]) -> Any:
 def _comparison(row: Mapping[str, Any]) -> list[str]:
     low, high = row["ci95"]
     return [
-        plain(row["run"]),
+        line(row["run"]),
         row["rounds"],
         row["mode"],
         f"{signed(row['difference'])} [{signed(low)}, {signed(high)}]",

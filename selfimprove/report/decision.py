@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from selfimprove.report.compare import plain
+from selfimprove.report.escape import line
 from selfimprove.stages.gate import PROMOTE
 
 WORDS = {
@@ -15,7 +15,7 @@ WORDS = {
 
 def told(run: str, iteration: int, decision: Mapping[str, Any]) -> str:
     """The decision, its reasons and its numbers, a line each."""
-    return "\n".join(map(plain, _lines(run, iteration, decision)))
+    return "\n".join(map(line, _lines(run, iteration, decision)))
 
 
 def _lines(run: str, iteration: int, decision: Mapping[str, Any]) -> Iterator[str]:
