@@ -5,6 +5,7 @@ stdout is data, stderr is talk. Exit codes: 0 done, 1 user error, 2 usage, 3 the
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -322,6 +323,48 @@ def compare(
     from rich.console import Console
 
     drawing.show(told, Console())
+
+
+@app.command()
+def export(
+    run: RunName,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to make; it must not hold anything.")],
+    iteration: Annotated[Optional[int], typer.Option(min=1, help="Export this round.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Export the best round; the default.")] = False,
+    latest: Annotated[bool, typer.Option("--latest", help="Export the latest round.")] = False,
+    licence: Annotated[
+        Optional[str],
+        typer.Option("--license", metavar="ID", help="Licence in the cards, as apache-2.0; else unknown."),
+    ] = None,
+    push: Annotated[
+        Optional[str], typer.Option(metavar="REPO", help="Also push model and pairs to the Hugging Face hub, private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Push to public repositories.")] = False,
+) -> None:
+    """Write a round's model with its card, and the pairs it learned from with theirs, ready for the hub."""
+    if (iteration is not None) + best + latest > 1:
+        raise UsageError("--iteration, --best and --latest do not go together", "give one of them")
+    if public and not push:
+        raise UsageError("--public goes with --push", "selfimprove export RUN --out DIR --push OWNER/NAME --public")
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise UsageError(f"--license {licence}: no identifier of the hub's", "for example apache-2.0, cc-by-4.0, other")
+    from selfimprove import exporting, hub, release
+    from selfimprove.report import cards
+
+    found, chosen = _open(run)
+    target = exporting.check_target(found, out)
+    made = release.gather(found, chosen, *release.pick(found, chosen, iteration, latest), licence)
+    repo = hub.open_repo(push, public) if push else None
+    name = repo.name if repo else None
+    for left_out in exporting.write(made, target, cards.model(made, name), cards.dataset(made, name)):
+        print(f"left out: {left_out}", file=sys.stderr)
+    print(out)
+    if repo:
+        message = f"Round {made.iteration} of {run}"
+        for address in hub.push(
+            repo, target / exporting.MODEL, target / exporting.CARD, target / exporting.DATASET, message
+        ):
+            print(address)
 
 
 @app.command()

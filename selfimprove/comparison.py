@@ -1,7 +1,7 @@
 """Runs side by side: their recipes, scores, paired differences on the prompts that they share, and what each cost."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,6 +109,35 @@ def signed(value: float) -> str:
     return f"{'-' if value < 0 else '+'}{share(abs(value))}"
 
 
+def compared(pairs: Sequence[tuple[Mapping[str, Any], Round, Round]]) -> list[dict[str, Any]]:
+    """Of each pair (what it is, old, new) and mode a row of JSON values; words go by Holm's p over all rows.
+
+    Raises:
+        UserError: two evaluations share fewer than two prompts.
+    """
+    rows: list[dict[str, Any]] = []
+    found: list[Comparison] = []
+    for about, old, new in pairs:
+        for mode in MODES:
+            scores = shared(old, new, mode)
+            found.append(paired(scores, mode))
+            by = "text" if scores.by_text else "id"
+            rows.append({**about, "mode": mode, "left_out": scores.left_out, "paired_by": by})
+    for row, one, p in zip(rows, found, holm([one.p for one in found]), strict=True):
+        row |= {
+            "difference": one.difference,
+            "ci95": [one.low, one.high],
+            "p": one.p,
+            "p_holm": p,
+            "test": one.test,
+            "n": one.n,
+            "mde": one.mde,
+            "called": wording.called(one._replace(p=p)),
+            "sentence": sentence(one._replace(p=p)),
+        }
+    return rows
+
+
 # --- all of them -------------------------------------------------------------------------------------------------
 
 
@@ -120,20 +149,7 @@ def compare(sides: Sequence[Side]) -> dict[str, Any]:
     """
     first, *others = sides
     _measured_alike(first, others)
-    rows = [row for other in others for row in _rows(first, other)]
-    for row, p in zip(rows, holm([row["found"].p for row in rows]), strict=True):
-        found: Comparison = row.pop("found")
-        row |= {
-            "difference": found.difference,
-            "ci95": [found.low, found.high],
-            "p": found.p,
-            "p_holm": p,
-            "test": found.test,
-            "n": found.n,
-            "mde": found.mde,
-            "called": wording.called(found._replace(p=p)),
-            "sentence": sentence(found._replace(p=p)),
-        }
+    rows = compared([pair for other in others for pair in _pairs(first, other)])
     return {
         "against": first.run,
         "runs": [_told(one) for one in sides],
@@ -158,30 +174,15 @@ def _measure(manifest: Manifest) -> tuple[Any, Any]:
     return manifest.ingredients["section"]["judge"], manifest.ingredients.get("files")
 
 
-def _rows(first: Side, other: Side) -> list[dict[str, Any]]:
+def _pairs(first: Side, other: Side) -> Iterator[tuple[dict[str, Any], Round, Round]]:
     """Final against final; best against best too, where that is not the same."""
-    rows: list[dict[str, Any]] = []
     seen: set[tuple[int, int]] = set()
     for which in (FINAL, BEST):
         old, new = first.rounds[which], other.rounds[which]
-        if (old.iteration, new.iteration) in seen:
-            continue
-        seen.add((old.iteration, new.iteration))
-        for mode in MODES:
-            scores = shared(old, new, mode)
-            rows.append(
-                {
-                    "run": other.run,
-                    "rounds": which,
-                    "iteration": new.iteration,
-                    "against_iteration": old.iteration,
-                    "mode": mode,
-                    "left_out": scores.left_out,
-                    "paired_by": "text" if scores.by_text else "id",
-                    "found": paired(scores, mode),
-                }
-            )
-    return rows
+        if (old.iteration, new.iteration) not in seen:
+            seen.add((old.iteration, new.iteration))
+            about = {"rounds": which, "iteration": new.iteration, "against_iteration": old.iteration}
+            yield {"run": other.run, **about}, old, new
 
 
 def _told(one: Side) -> dict[str, Any]:

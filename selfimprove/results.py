@@ -54,17 +54,36 @@ def evaluated(run: Run, chosen: Recipe, iteration: int) -> Round:
     Raises:
         UserError: it is not published, or a file of it is gone.
     """
-    step = evaluation(chosen, iteration)
-    directory, scores = run.path / step.directory, read_scores(run, step)
+    return read_round(run, evaluation(chosen, iteration))
+
+
+def read_round(run: Run, step: Step) -> Round:
+    """An evaluation that must be there.
+
+    Raises:
+        UserError: it is not published, or a file of it is gone.
+    """
+    manifest, scores = whole(run, step), read_scores(run, step)
+    assert scores is not None  # the manifest lists it
+    return Round(step.iteration, run.path / step.directory, manifest, scores["scores"])
+
+
+def whole(run: Run, step: Step) -> Manifest:
+    """The manifest of a step's artifact that must be there.
+
+    Raises:
+        UserError: it is not published, or a file of it is gone.
+    """
+    directory = run.path / step.directory
     manifest = read_manifest(directory)
-    if manifest is None or scores is None:
+    if manifest is None:
         raise UserError(f"{step.directory} of run '{run.name}' is not made yet", f"selfimprove resume {run.name}")
     if missing := missing_outputs(directory, manifest):
         raise UserError(
             f"{step.directory}/{missing[0]} of run '{run.name}' is missing or was altered",
             f"selfimprove resume {run.name} --again {step.directory}",
         )
-    return Round(iteration, directory, manifest, scores["scores"])
+    return manifest
 
 
 def evaluation(chosen: Recipe, iteration: int) -> Step:
