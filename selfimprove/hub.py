@@ -26,7 +26,7 @@ def open_repo(name: str, public: bool) -> Repo:
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -81,7 +81,7 @@ def _refusals(name: str) -> Iterator[None]:
         raise UserError(
             f"the hub refused {name} (HTTP {status})", hint.get(status or 0, "try again, or --push ANOTHER_NAME")
         ) from None
-    except (errors.OfflineModeIsEnabled, errors.HTTPError, ConnectionError, TimeoutError):
+    except (ConnectionError, TimeoutError, errors.HTTPError):  # type: ignore[attr-defined]
         raise UserError(
             "the hub is out of reach, so nothing can be pushed", "without --push the directory is written all the same"
         ) from None

@@ -38,9 +38,12 @@ def method(chosen: Recipe) -> Method | None:
         if name in KEPT:
             told[name] = f"{told.get(name, '')} {line.strip()}".strip()
     known = recipe_file.absolute(recipe_file.load(path))
-    changed = recipe_file.side_by_side([known, chosen], {"machine", "rounds"})
-    about = first.strip().removeprefix(f"{path.stem}: ")
-    return Method(about, told, {key: (anonymous(a), anonymous(b)) for key, (a, b) in changed.items()})
+    changed = {
+        key: (anonymous(a), anonymous(b))
+        for key, (a, b) in recipe_file.side_by_side([known, chosen], {"machine", "rounds"}).items()
+        if not (key.startswith("servers.") and key.endswith(UNSAID))
+    }
+    return Method(first.strip().removeprefix(f"{path.stem}: "), told, changed)
 
 
 def papers(chosen: Recipe, said: Method | None) -> list[str]:
