@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from selfimprove import __version__
+from selfimprove.cli_score import score
 from selfimprove.errors import UsageError, UserError
 
 RUNS = Path("runs")
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 demo = typer.Typer(help="The embedded default: its data and its base model.", no_args_is_help=True)
 app.add_typer(demo, name="demo")
+app.add_typer(score, name="score")
 
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in ./runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

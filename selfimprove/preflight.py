@@ -23,10 +23,9 @@ def check(chosen: Recipe) -> None:
     Raises:
         UserError: a missing file, an unknown judge, rule or loss, a model directory that cannot serve.
     """
-    for name in ("seeds", "heldout", *(["corpus"] if chosen.synthesize else [])):
-        path = data.locate(getattr(chosen.data, name), name)
-        {"seeds": data.read_seeds, "heldout": data.read_heldout, "corpus": data.read_paragraphs}[name](path)
     apart(chosen)
+    if chosen.synthesize:
+        data.read_paragraphs(data.locate(chosen.data.corpus, "corpus"))
     evaluate.check(chosen.evaluate)
     rounds = [chosen.at(iteration) for iteration in range(1, chosen.rounds + 1)]
     for iteration, now in enumerate(rounds, 1):

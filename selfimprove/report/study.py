@@ -213,7 +213,7 @@ def _table(pairs: Mapping[str, tuple[Mapping[int, Measured], Mapping[int, Measur
             )
             if told is None:
                 continue
-            difference, low, high, p, test, n = told.comparison
+            difference, low, high, p, test, n, _ = told.comparison
             found.append(
                 {
                     "arm": name, "mode": mode, "difference": difference, "ci95": [low, high], "p": p, "test": test,

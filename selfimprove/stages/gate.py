@@ -26,7 +26,7 @@ def run(io: StageIO, section: recipe.Gate) -> None:
     last = read_json(io.inputs["last"] / FILE) if "last" in io.inputs else {"best": 0, "without": 0}
     # the level is spent as 1/2, 1/6, 1/12 ...: all of it over any number of rounds, so that a run can be prolonged
     split = io.iteration * (io.iteration + 1)
-    decision = decide(_scores(new), _scores(best), section, split, _health(new, base))
+    decision = decide(_scores(new), _scores(best), section, split, _health(new, base), last["without"])
     promoted = decision.decision == PROMOTE
     chosen = io.iteration if promoted else last["best"]
     without = 0 if promoted else last["without"] + 1
@@ -35,10 +35,7 @@ def run(io: StageIO, section: recipe.Gate) -> None:
         "best": chosen,
         "goes_on_from": chosen if decision.decision == ROLL_BACK else io.iteration,
         "without": without,  # rounds in a row without a promotion
-        "stop": section.patience is not None and without >= section.patience,
     }
-    if told["stop"]:
-        told["reasons"] = [*told["reasons"], f"{without} rounds without a promotion: the run stops"]
     io.out.write_json(FILE, told)
     io.out.metrics |= {"decision": decision.decision, "best": chosen}
     prompts = len({sample.prompt_id for sample in new})
@@ -53,11 +50,15 @@ def _scores(samples: list[Sample]) -> dict[str, dict[str, float]]:
     return {mode: per_prompt(samples, mode, SELECTION) for mode in (GREEDY, SAMPLED)}
 
 
-def _health(new: list[Sample], base: list[Sample]) -> dict[str, float]:
+def _health(new: list[Sample], base: list[Sample]) -> dict[str, float | None]:
     """What the limits are about, of the sampled answers."""
     ours, theirs = ([s for s in samples if s.mode == SAMPLED] for samples in (new, base))
     return {
         "truncated_share": sum(s.finish_reason == "length" for s in ours) / len(ours),
         "length_ratio": sum(s.tokens for s in ours) / len(ours) / (sum(s.tokens for s in theirs) / len(theirs)),
-        "diversity_ratio": diversity.ratio([s.text for s in ours], [s.text for s in theirs]),
+        "diversity_ratio": _ratio(*diversity.compare([[s.text for s in ours], [s.text for s in theirs]])),
     }
+
+
+def _ratio(new: diversity.Diversity, base: diversity.Diversity) -> float | None:
+    return new.distinct / base.distinct if new.distinct is not None and base.distinct else None
