@@ -72,6 +72,7 @@ def open_panel(recipe: Recipe, progress: Callable[[str, int, int], None]) -> Ite
             ),
             scratch=Path(folder),
             cache=Path("runs") / "audit",
+            account="audit",
             progress=progress,
         )
         yield panel, Chat(model).tokenizer.encode

@@ -163,6 +163,15 @@ def render(name: str, values: Mapping[str, Any]) -> str:
     return template.render(**values)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it has no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def tagged(text: str, tag: str) -> str | None:
     """What stands in the first <tag> ... </tag>; None where there is none."""
     found = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from selfimprove import chat, data
+from selfimprove import chat, data, judges
 from selfimprove.errors import UserError
 from selfimprove.models import locate_model
-from selfimprove.recipe import Recipe, Section
+from selfimprove.recipe import Choice, Recipe, Section
 from selfimprove.stages import control, discriminate, evaluate, generate, improve, label, sft, synthesize, train
 from selfimprove.store import (
     SCHEMA,
@@ -243,6 +243,12 @@ def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, An
     models = {name: sources.digest(source) for name, source in step.models.items()}
     if None in inputs.values() or None in models.values():
         return None
+    files = {
+        name: sha256(path) if path.is_file() else "missing"
+        for choice in _choices(step.section)
+        for name, path in judges.files(choice).items()
+    }
+    optional = {"servers": {name: recipe.servers[name].identity for name in step.servers}, "files": files}
     return {
         "schema": SCHEMA,
         "stage": step.name,
@@ -254,7 +260,15 @@ def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, An
         "templates": {name: sha256(chat.template_path(name)) for name in step.stage.TEMPLATES},
         "inputs": inputs,
         "models": models,
-    } | ({"servers": {name: recipe.servers[name].identity for name in step.servers}} if step.servers else {})
+    } | {name: what for name, what in optional.items() if what}
+
+
+def _choices(section: Section) -> Iterator[Choice]:
+    for _, value in section:
+        if isinstance(value, Choice):
+            yield value
+        elif isinstance(value, Section):
+            yield from _choices(value)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

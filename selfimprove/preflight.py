@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfimprove import chat, data, judges
+from selfimprove.engine import checkpoints
 from selfimprove.errors import UserError
-from selfimprove.judges.panel import RUN
+from selfimprove.judges.panel import RUN, SERVER
 from selfimprove.models import locate_model
 from selfimprove.recipe import Choice, Recipe, Train
 from selfimprove.stages import discriminate, evaluate, label, train
@@ -70,6 +71,9 @@ def check(chosen: Recipe) -> None:
         )
 
 
+CHECKS = {"reward_model": checkpoints.check_reward_model, "pairwise_ranker": checkpoints.check_ranker}  # of judges
+
+
 def judged(chosen: Recipe) -> None:
     """Whether every judge has the models and servers that it asks.
 
@@ -78,9 +82,12 @@ def judged(chosen: Recipe) -> None:
     """
     section, known = chosen.label, chosen.servers
     asked = label.servers(section)
-    for name in label.models(section):
-        if name not in RUN:
-            locate_model(name)
+    for one in label.all_judges(section):
+        for name in [] if judges.members(one) else judges.models(one):
+            if name not in RUN and not name.startswith(SERVER):
+                CHECKS.get(one.name, checkpoints.check_weights)(locate_model(name))
+            elif one.name in CHECKS:
+                raise UserError(f"judge '{one.name}' needs a model of its kind, not '{name}'", "a directory or hub id")
     for name in asked:
         if name not in known:
             raise UserError(
@@ -270,8 +277,8 @@ def fits_together(chosen: Recipe) -> None:
             'set improve.min_gap = 0.0, or improve.kind = "improver"',
         ),
         (
-            checker == "exact" and chosen.synthesize is not None,
-            "label.judge checker 'exact' needs reference answers, and synthesised prompts have none",
+            judge is not None and judges.needs_answer(judge) and chosen.synthesize is not None,
+            f"label.judge checker '{checker}' needs reference answers, and synthesised prompts have none",
             'for example label.judge = { name = "self_consistency" }',
         ),
         (
@@ -329,9 +336,9 @@ def fits_together(chosen: Recipe) -> None:
         ),
         (
             chosen.discriminate is not None
-            and (chosen.discriminate.judge.model_extra or {}).get("checker") == "exact"
+            and judges.needs_answer(chosen.discriminate.judge)
             and chosen.synthesize is not None,
-            "discriminate.judge checker 'exact' needs reference answers, and synthesised prompts have none",
+            "discriminate.judge needs reference answers, and synthesised prompts have none",
             "drop the stage synthesize, or choose another judge",
         ),
         (

@@ -295,6 +295,33 @@ class Evaluate(Section):
     max_tokens: int = Field(64, ge=1)
 
 
+Metric = Literal["greedy", "sampled"]
+
+
+class Limits(Section):
+    """What a healthy round keeps within, beside the best one so far; unset = not looked at."""
+
+    max_truncated_share: float | None = Field(0.1, ge=0, le=1)  # of the sampled held-out answers
+    max_length_ratio: float | None = Field(2.0, gt=0)  # mean tokens of them, against the base model's
+    min_diversity_ratio: float | None = Field(0.5, gt=0, le=1)  # distinct word bigrams of them, against the base's
+
+
+class Gate(Section):
+    """After each round: promote its policy, keep it without a promotion, or roll back to the best one so far.
+
+    The gate looks at data.selection alone; what is reported is data.heldout, which it never sees.
+    """
+
+    metric: Metric = "sampled"
+    level: float = Field(0.05, gt=0, lt=0.5)  # chance that a run without gain promotes any round
+    min_gain: float = Field(0.0, ge=0)  # promote where the gain's lower bound is above it
+    guards: list[Metric] = ["greedy"]  # none of them may be surely worse ...
+    max_drop: float = Field(0.0, ge=0)  # ... by more than this
+    limits: Limits = Limits()
+    roll_back: bool = True  # off = what is worse goes on all the same
+    patience: int | None = Field(None, ge=1)  # rounds without a promotion after which the run stops
+
+
 class Sft(Section):
     """Supervised fine-tuning on the seeds before the first round; the result is the run's initial model."""
 
@@ -355,7 +382,7 @@ class Server(Section):
     api_key_env: str | None = None  # the environment variable that holds the key; unset = none is sent
     structured_output: bool = False  # the server shapes replies by a JSON schema
     # how to ask, in no key:
-    concurrency: int = Field(16, ge=1)
+    concurrency: int = Field(16, ge=1, le=1000)
     requests_per_minute: int | None = Field(None, ge=1)
     timeout_seconds: float = Field(120.0, gt=0)  # of one attempt
     attempts: int = Field(6, ge=1)
@@ -367,6 +394,12 @@ class Server(Section):
     def identity(self) -> dict[str, Any]:
         """What its answers depend on."""
         return {"url": self.url, "model": self.model, "structured_output": self.structured_output}
+
+    @pydantic.model_validator(mode="after")
+    def _ceiling_has_prices(self) -> Self:
+        if self.ceiling_usd is not None and not (self.input_price or self.output_price):
+            raise ValueError("ceiling_usd needs input_price and output_price")
+        return self
 
 
 class Machine(Section):

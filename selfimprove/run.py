@@ -17,10 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 from selfimprove import recipe_file
 from selfimprove.engine import Engines
-from selfimprove.engine.protocol import Engine
+from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
-from selfimprove.judges.panel import Task
 from selfimprove.models import is_hub_id, locate_model
 from selfimprove.plan import BASE, INITIAL, Sources, Step, examine, ingredients_of, steps, upstream
 from selfimprove.preflight import check

@@ -1,15 +1,18 @@
 """The stage label in whole runs with the fake engine: both orders, relabelling, filters, refusals."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from selfimprove import records, store
-from selfimprove.data import read_seeds
+from selfimprove.data import SHIPPED, read_seeds
 from selfimprove.engine import fake_engine
 from tests.conftest import QUICK, selfimprove
+from tests.engine import test_rewards as rewards
+from tests.judges import test_ranker as ranker
 
 PAIRWISE = "label.judge={name='pairwise', max_tokens=32}"
 
@@ -203,3 +206,45 @@ class TestAudit:
     def test_without_a_judge_there_is_nothing_to_audit(self, cut_data):
         run = ran(recipe="spin")
         assert not (stage(run, 1) / "audit.json").exists()
+
+
+class TestOtherModels:
+    """Judges with weights of their own, beside the policy's engine."""
+
+    def test_a_reward_model_labels_and_another_judge_is_a_second_opinion(self, cut_data, tmp_path):
+        directory = rewards.make("llama", tmp_path / "reward")
+        run = ran(
+            f"label.judge={{name='reward_model', model='{directory}'}}",
+            "label.audit={anchors=10, second={name='verifier', checker='demo_world'}}", rounds=2,
+        )  # fmt: skip
+        verdicts = rows(run, 1, "verdicts", records.Verdict)
+        assert all(isinstance(v.score, float) for v in verdicts)
+        assert f"model={directory}" in verdicts[0].judge
+        told = json.loads((stage(run, 2) / "audit.json").read_text())
+        assert told["drift"]["rise"] == 0  # the weights stay the same
+        assert told["again"]["differ"]["value"] == 0
+        ingredients = manifest(run, 1)["ingredients"]
+        assert set(ingredients["models"]) == {"initial", str(directory)}
+
+    def test_a_ranker_compares(self, cut_data, tmp_path):
+        directory = ranker.make(tmp_path / "ranker")
+        run = ran(f"label.judge={{name='pairwise_ranker', model='{directory}'}}", "generate.n=3")
+        compared = rows(run, 1, "comparisons", records.Comparison)
+        assert compared
+        assert all(0 < one.forward < 1 and 0 < one.swapped < 1 for one in compared)
+
+    def test_another_local_model_judges(self, cut_data, tmp_path):
+        other = tmp_path / "other"
+        shutil.copytree(SHIPPED["demo:model"], other)
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+        run = ran(f"label.judge={{name='rubric', model='{other}', max_tokens=32}}", "engine.max_model_len=1024")
+        assert {v.score for v in rows(run, 1, "verdicts", records.Verdict)} >= {0, 100}
+
+    @pytest.mark.parametrize("judge", ["reward_model", "pairwise_ranker"])
+    def test_what_is_no_such_model_is_refused_before_anything_runs(self, judge, in_tmp):
+        for model, says in ((SHIPPED["demo:model"], "is no"), ("current", "needs a model of its kind")):
+            setting = f"label.judge={{name='{judge}', model='{model}'}}"
+            result = selfimprove("check", "iterative_dpo", "--set", setting)
+            assert result.code == 1
+            assert says in result.err

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from selfimprove.constraints.checks import CHECKS
 
-__all__ = ["CHECKS", "Constraint", "ConstraintError", "loose", "read", "strict"]
+__all__ = ["CHECKS", "Constraint", "ConstraintError", "loose", "parse", "read", "strict"]
 
 
 class ConstraintError(ValueError):
@@ -52,6 +52,25 @@ def read(names: Sequence[str], parameters: Sequence[Mapping[str, Any]]) -> list[
             raise ConstraintError(f"{name}: unknown parameter '{min(unknown)}'")
         found.append(Constraint(name, told))
     return found
+
+
+def parse(text: str) -> list[Constraint]:
+    """Constraints from JSON with IFEval's keys, `instruction_id_list` and `kwargs`.
+
+    Raises:
+        ConstraintError: no such JSON, or see `read`.
+    """
+    try:
+        table = json.loads(text)
+        names, parameters = table["instruction_id_list"], table["kwargs"]
+    except (ValueError, TypeError, KeyError):
+        raise ConstraintError("no JSON with instruction_id_list and kwargs") from None
+    lists = isinstance(names, list) and isinstance(parameters, list)
+    if not lists or not all(isinstance(one, str) for one in names) or not all(isinstance(p, dict) for p in parameters):
+        raise ConstraintError("instruction_id_list must hold texts, kwargs tables")
+    if not names:
+        raise ConstraintError("no constraint is given")
+    return read(names, parameters)
 
 
 def strict(text: str, constraints: Sequence[Constraint]) -> list[bool]:

@@ -9,6 +9,16 @@ INSTALL = "pip install 'selfimprove[ifeval]'"
 PUNKT = "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder that holds tokenizers/punkt_tab"
 
 
+def check() -> None:
+    """Look whether the libraries and the model are here.
+
+    Raises:
+        UserError: one is not, with what installs it.
+    """
+    detect("")
+    _punkt()
+
+
 def detect(text: str) -> str | None:
     """The ISO 639-1 code of a text's language by langdetect, the same at every call; None where it finds none.
 

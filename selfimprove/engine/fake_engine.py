@@ -6,12 +6,12 @@ the time, judges answers right three times of four, and echoes what it does not 
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from selfimprove.demo import world
-from selfimprove.engine.protocol import Completion, Finished, Request, Sampling
+from selfimprove.engine.protocol import Comparison, Completion, Finished, Request, Sampling
 from selfimprove.store import model_identity
 
 
@@ -54,6 +54,51 @@ class FakeEngine:
         ids = self.tokenizer.encode(_reply(text, rng), add_special_tokens=False)[: sampling.max_tokens - 1]
         ids.append(sampling.stop_token_ids[0])
         return Completion(ids, [-1.0] * len(ids), "stop")
+
+
+class FakeScorer:
+    """See protocol.Scorer: noise that belongs to the model and the sequence."""
+
+    def __init__(self, model: Path) -> None:
+        self._identity = model_identity(model)
+
+    def rewards(self, sequences: Sequence[Sequence[int]], finished: Callable[[int, float], None]) -> list[float]:
+        """See protocol.Scorer."""
+        found = [random.Random(f"{self._identity}/{list(ids)}").gauss(0, 1) for ids in sequences]
+        for number, reward in enumerate(found):
+            finished(number, reward)
+        return found
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class FakeRanker:
+    """See protocol.Ranker: the difference of two noises, each of which belongs to its answer."""
+
+    def __init__(self, model: Path) -> None:
+        self._identity = model_identity(model)
+
+    def compare(
+        self, rows: Sequence[tuple[str, str, str]], finished: Callable[[int, Comparison], None]
+    ) -> list[Comparison]:
+        """See protocol.Ranker."""
+        found = [Comparison(self._noise(prompt, a) - self._noise(prompt, b), 0) for prompt, a, b in rows]
+        for number, comparison in enumerate(found):
+            finished(number, comparison)
+        return found
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _noise(self, prompt: str, answer: str) -> float:
+        return random.Random(f"{self._identity}/{prompt}/{answer}").gauss(0, 1)
 
 
 def _reply(text: str, rng: random.Random) -> str:

@@ -1,6 +1,6 @@
 """The vLLM host: one process for a whole run that owns the engine. The only room that imports vllm.
 
-Started by `vllm_engine.VllmEngine` as `python -m selfimprove.engine.host FD PID`; answers one call at a time.
+Started by `process.HostProcess` as `python -m selfimprove.engine.host FD PID`; answers one call at a time.
 """
 
 import ctypes
@@ -28,12 +28,13 @@ class Host:
         self.llm: Any = None
         self.on_gpu = False
         self.asleep = False
+        self.task = "generate"
 
     def answer(self, call: messages.Call) -> messages.Reply:
         """Carry out one call."""
         match call:
-            case messages.Load(model, options):
-                self.load(model, options)
+            case messages.Load(model, options, task):
+                self.load(model, options, task)
                 return messages.Done()
             case messages.Swap(model):
                 self.swap(model)
@@ -44,13 +45,20 @@ class Host:
                 return messages.Done()
             case messages.Score(sequences):
                 return messages.Logprobs(self.score(sequences))
+            case messages.Reward(sequences):
+                return messages.Rewards(self.reward(sequences))
             case messages.Sleep():
                 self.sleep()
                 return messages.Done()
+            case messages.Wake():
+                self.wake()
+                return messages.Done()
 
-    def load(self, model: str, options: Options) -> None:
+    def load(self, model: str, options: Options, task: str = "generate") -> None:
         """Build the engine."""
         import torch
+
+        self.task = task
 
         self.on_gpu = torch.cuda.is_available()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a second interpreter would repeat the import
@@ -75,6 +83,7 @@ class Host:
             enable_sleep_mode=self.on_gpu,
             generation_config="vllm",  # sampling is what the recipe says, not what the model's file says
             disable_log_stats=True,
+            runner="generate" if task == "generate" else "pooling",
         )
 
     def swap(self, model: str) -> None:
@@ -132,11 +141,29 @@ class Host:
             found[number] = [step[token].logprob for token, step in steps]
         return found
 
+    def reward(self, sequences: list[list[int]]) -> list[float]:
+        """The logit at the last token; vLLM would squash it by default, which makes ties of high rewards."""
+        from vllm import PoolingParams
+
+        outputs = self.llm.encode(
+            [{"prompt_token_ids": ids} for ids in sequences],
+            PoolingParams(use_activation=False),
+            pooling_task="classify",
+            use_tqdm=False,
+        )
+        return [float(output.outputs.data.item()) for output in outputs]
+
     def sleep(self) -> None:
-        """Drop weights and cache from the GPU; vLLM ignores this on CPU."""
+        """Leave the GPU; weights that stay the same wait in the host's memory. vLLM ignores this on CPU."""
         if self.on_gpu and not self.asleep:
-            self.llm.sleep(level=2)
+            self.llm.sleep(level=2 if self.task == "generate" else 1)
             self.asleep = True
+
+    def wake(self) -> None:
+        """Come back with the weights that were there."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
 
     def _outputs(self, prompts: list[list[int]], parameters: list[Any]) -> Iterator[tuple[int, Any]]:
         """VLLM's outputs as requests finish, each with the number of its prompt."""

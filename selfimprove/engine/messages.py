@@ -1,15 +1,18 @@
 """What the driver and the vLLM host process say to each other, as msgpack frames over a socket pair."""
 
+from typing import Literal
+
 import msgspec
 
 from selfimprove.engine.protocol import Completion, Options, Request, Sampling
 
 
 class Load(msgspec.Struct, tag=True):
-    """Build the engine on these weights."""
+    """Build the engine on these weights: one that writes, or one that reads off a reward."""
 
     model: str
     options: Options
+    task: Literal["generate", "reward"] = "generate"
 
 
 class Swap(msgspec.Struct, tag=True):
@@ -31,8 +34,18 @@ class Score(msgspec.Struct, tag=True):
     sequences: list[list[int]]
 
 
+class Reward(msgspec.Struct, tag=True):
+    """Rewards of given sequences."""
+
+    sequences: list[list[int]]
+
+
 class Sleep(msgspec.Struct, tag=True):
     """Release the device's memory."""
+
+
+class Wake(msgspec.Struct, tag=True):
+    """Take it again, with the weights that were there; an engine whose weights change wakes by Swap."""
 
 
 class Done(msgspec.Struct, tag=True):
@@ -52,6 +65,12 @@ class Logprobs(msgspec.Struct, tag=True):
     logprobs: list[list[float]]
 
 
+class Rewards(msgspec.Struct, tag=True):
+    """The answer to Reward."""
+
+    rewards: list[float]
+
+
 class Failure(msgspec.Struct, tag=True):
     """A call raised; the host lives on."""
 
@@ -59,5 +78,5 @@ class Failure(msgspec.Struct, tag=True):
     traceback: str
 
 
-Call = Load | Swap | Generate | Score | Sleep
-Reply = Done | Finished | Logprobs | Failure
+Call = Load | Swap | Generate | Score | Reward | Sleep | Wake
+Reply = Done | Finished | Logprobs | Rewards | Failure

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -36,6 +36,7 @@ class Completion(msgspec.Struct, frozen=True):
     finish_reason: Literal["stop", "length"]
 
 
+Task = Literal["generate", "reward", "compare"]  # what a model is opened for: Engine, Scorer, Ranker
 Finished = Callable[[int, list[Completion]], None]  # number of the request, its completions
 
 
@@ -48,6 +49,13 @@ class Options(msgspec.Struct, frozen=True):
     kv_cache_gib: int
     gpu_memory_utilization: float
     threads: int | None  # of the engine on CPU; None = its own choice
+
+
+class Comparison(NamedTuple):
+    """The logit that a first answer is better than a second, and how many tokens of the three texts were cut off."""
+
+    logit: float
+    cut: int
 
 
 class Engine(Protocol):
@@ -67,3 +75,34 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End the engine and its processes."""
+
+
+class Scorer(Protocol):
+    """A sequence classifier of one label; its weights stay the same."""
+
+    def rewards(self, sequences: Sequence[Sequence[int]], finished: Callable[[int, float], None]) -> list[float]:
+        """The raw logit at the last token of each sequence, in order; `finished` hears of each with its number.
+
+        A sequence that is longer than the scorer's context is the caller's to leave out.
+        """
+
+    def sleep(self) -> None:
+        """Give the device's memory back until the next call (a no-op on CPU)."""
+
+    def close(self) -> None:
+        """End the scorer and its processes."""
+
+
+class Ranker(Protocol):
+    """An encoder that reads a prompt and two answers at once; its weights stay the same."""
+
+    def compare(
+        self, rows: Sequence[tuple[str, str, str]], finished: Callable[[int, Comparison], None]
+    ) -> list[Comparison]:
+        """Each (prompt, first answer, second answer), in order; `finished` hears of each with its number."""
+
+    def sleep(self) -> None:
+        """Give the device's memory back until the next call (a no-op on CPU)."""
+
+    def close(self) -> None:
+        """Forget the model."""

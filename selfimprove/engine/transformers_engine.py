@@ -1,12 +1,13 @@
 """The fallback engine: plain transformers, greedy results equal to vLLM's, every row with a generator of its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from selfimprove.engine.batching import by_length
 from selfimprove.engine.protocol import Completion, Finished, Options, Request, Sampling
 
 LOGITS_BYTES = 256 << 20  # of a batch that is scored
@@ -49,7 +50,8 @@ class TransformersEngine:
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See protocol.Engine."""
         scored: list[list[float]] = [[] for _ in sequences]
-        for batch in self._alike(sequences):
+        cells = LOGITS_BYTES // (4 * self.model.config.get_text_config().vocab_size)  # float32
+        for batch in by_length([len(ids) for ids in sequences], cells):
             longest = max(len(sequences[i]) for i in batch)
             padded = [[*sequences[i], *[0] * (longest - len(sequences[i]))] for i in batch]
             ids = torch.tensor(padded, device=self.device)
@@ -60,18 +62,6 @@ class TransformersEngine:
             for i, row in zip(batch, found, strict=True):
                 scored[i] = row[: len(sequences[i]) - 1]
         return scored
-
-    def _alike(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Numbers of sequences of like length, as many as the budget of logits holds."""
-        cells = LOGITS_BYTES // (4 * self.model.config.get_text_config().vocab_size)  # float32
-        batch: list[int] = []
-        for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):  # so the newest is the longest
-            if batch and (len(batch) + 1) * len(sequences[i]) > cells:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
 
     def sleep(self) -> None:
         """Leave the device."""

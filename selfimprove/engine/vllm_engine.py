@@ -1,30 +1,17 @@
-"""The driver's side of the vLLM host process: start, swap with a canary, rebuild on any failure."""
+"""Real vLLM that writes: swap with a canary, rebuild on any failure."""
 
 import gc
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 import torch
 
 from selfimprove.engine import canary, messages
+from selfimprove.engine.process import HostError, HostProcess, cannot_serve
 from selfimprove.engine.protocol import Completion, Finished, Options, Request, Sampling
-from selfimprove.errors import UserError
 
 R = TypeVar("R")
-
-
-class HostError(UserError):
-    """The host process failed a call or died."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "the engine's log is logs/engine.log in the run; selfimprove resume RUN goes on")
 
 
 class VllmEngine:
@@ -96,44 +83,20 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the host process."""
-        self._connection.close()
-        self._process.kill()
-        self._process.wait()
+        self._host.close()
         self._served = self._starting = None
 
     def _start(self, model: Path) -> None:
         self.starts += 1
-        ours, theirs = socket.socketpair()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"selfimprove: engine start {self.starts} on {model}\n")
-        with self.log.open("ab") as log, theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "selfimprove.engine.host", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is the driver's to handle
-                env=self._environment(),
-            )
-        self._connection = Connection(ours.detach())
+        self._host = HostProcess(model, self.options, self.log, "generate")
         self._starting = model
-        self._send(messages.Load(str(model), self.options))
-
-    def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        if self.options.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self.options.threads)
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # bound threads spin beside any other load
-        return environment
 
     def _finish_start(self) -> None:
         model = self._starting
         if model is None:
             return
         try:
-            self._receive(messages.Done)
+            self._host.receive(messages.Done)
             self._starting = None
             if (model / canary.FILE).is_file() or model in self._known:
                 self._prove(model)
@@ -142,9 +105,7 @@ class VllmEngine:
                 self._known[model] = canary.Canary(ids, self._call(messages.Score(ids), messages.Logprobs).logprobs)
         except HostError as error:
             self.close()
-            raise UserError(
-                f"vLLM could not serve {model}: {error}", f"selfimprove doctor; the engine's log is {self.log}"
-            ) from None
+            raise cannot_serve(model, error, self.log) from None
         self._served = model
 
     def _prove(self, model: Path) -> None:
@@ -161,36 +122,10 @@ class VllmEngine:
 
     def _call(self, call: messages.Call, expected: type[R], finished: Finished | None = None) -> R:
         try:
-            self._send(call)
-            return self._receive(expected, finished)
+            return self._host.call(call, expected, finished)
         except HostError:
             self._served = None  # whatever it serves now, the next swap proves or rebuilds it
             raise
-
-    def _send(self, call: messages.Call) -> None:
-        try:
-            self._connection.send_bytes(msgspec.msgpack.encode(call))
-        except OSError as error:
-            raise HostError(f"the engine process is gone ({error})") from None
-
-    def _receive(self, expected: type[R], finished: Finished | None = None) -> R:
-        while True:
-            try:
-                reply: messages.Reply = msgspec.msgpack.decode(self._connection.recv_bytes(), type=messages.Reply)
-            except (EOFError, OSError):
-                raise HostError(f"the engine process ended with code {self._process.wait()}") from None
-            match reply:
-                case messages.Finished(number, completions):
-                    if finished:
-                        finished(number, completions)
-                case messages.Failure(error, traceback):
-                    with self.log.open("a", encoding="utf-8") as log:
-                        log.write(traceback)
-                    raise HostError(error)
-                case _ if isinstance(reply, expected):
-                    return reply
-                case _:
-                    raise HostError(f"unexpected reply {type(reply).__name__}")
 
 
 def _vocab_size(model: Path) -> int:

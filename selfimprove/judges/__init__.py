@@ -1,9 +1,11 @@
 """Judges by name. A judge scores completions one by one, or compares them two by two; `protocol.py` says what it is."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfimprove.errors import UserError
+from selfimprove.judges import verifiers
 from selfimprove.judges.controls import length, random
 from selfimprove.judges.demo_rubric import demo_rubric
 from selfimprove.judges.pairwise import pairwise, pairwise_ranker
@@ -16,19 +18,23 @@ from selfimprove.recipe import Choice
 
 __all__ = [
     "COMPARERS", "JUDGES", "Candidate", "Comparer", "Judge", "Opinion", "Panel", "Preference",
-    "bind", "bind_comparer", "candidate", "check", "compares", "fixed", "identity", "models",
+    "bind", "bind_comparer", "candidate", "check", "compares", "files", "fixed", "identity", "models", "needs_answer",
 ]  # fmt: skip
 
 
 class Spec(NamedTuple):
-    """A judge, and whether its score is of prompt and answer alone: the same in every round and for every policy."""
+    """A judge, and whether its score is of prompt and answer alone: the same in every round and for every policy.
+
+    `check` looks at parameters together, where their types alone say too little.
+    """
 
     function: Callable[..., list[Opinion]]
     fixed: bool = False
+    check: Callable[..., object] | None = None
 
 
 JUDGES: Mapping[str, Spec] = {
-    "verifier": Spec(verifier, fixed=True),
+    "verifier": Spec(verifier, fixed=True, check=verifiers.prepared),
     "rubric": Spec(rubric),
     "reward_model": Spec(reward_model, fixed=True),
     "logps": Spec(logps),
@@ -51,12 +57,14 @@ def bind(choice: Choice) -> Judge:
     """The judge of single answers that a recipe names, its parameters bound.
 
     Raises:
-        UserError: unknown name or parameter, or a judge that compares.
+        UserError: unknown name or parameter, parameters that do not go together, or a judge that compares.
     """
     if compares(choice):
         known = ", ".join(sorted(JUDGES))
         raise UserError(f"judge '{choice.name}' compares two answers, and here each needs a score", f"known: {known}")
     bound: Judge = choice.bind("judge", {name: spec.function for name, spec in JUDGES.items()})
+    if check := JUDGES[choice.name].check:
+        check(**bound.keywords)  # type: ignore[attr-defined]  # Choice.bind returns a partial
     for member in members(choice):
         bind(member)
     return bound
@@ -104,6 +112,18 @@ def models(choice: Choice) -> list[str]:
     if isinstance(given, str):
         return [given]
     return ["current"] if choice.name in ("rubric", "pairwise", "logps") else []
+
+
+def files(choice: Choice) -> dict[str, Path]:
+    """The files outside the recipe on whose content a judge's verdicts depend, by the name the recipe gives them."""
+    if choice.name == "verifier":
+        return verifiers.files(**(choice.model_extra or {}))
+    return {name: path for member in members(choice) for name, path in files(member).items()}
+
+
+def needs_answer(choice: Choice) -> bool:
+    """Whether a judge knows nothing where there is no reference answer."""
+    return choice.name == "verifier" and verifiers.needs_answer(**(choice.model_extra or {}))
 
 
 def identity(choice: Choice | None) -> str:

@@ -6,21 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from selfimprove import recipe
-from selfimprove.chat import Chat
-from selfimprove.engine.protocol import Completion, Engine, Request, Sampling
+from selfimprove.chat import Chat, is_unicode
+from selfimprove.engine.checkpoints import context_length
+from selfimprove.engine.protocol import Completion, Engine, Request, Sampling, Task
+from selfimprove.judges import local
 from selfimprove.judges.journal import Journal, request_key
 from selfimprove.judges.protocol import Opinion, Question, Replies
 from selfimprove.judges.scorers import TOO_LONG
 
+if TYPE_CHECKING:
+    from selfimprove.judges.purse import Spent
+    from selfimprove.judges.server import Client
+
 SERVER = "server:"
 RUN = frozenset({"current", "initial"})  # policies of the run, of one shape
 NOT_UNICODE = "not valid unicode"
-Task = Literal["generate", "reward", "compare"]
+R = TypeVar("R", bound=tuple[str, ...])
 
 
 @dataclass
@@ -40,9 +46,11 @@ class Models:
     open_other: Callable[[Path, Task], Any]  # an engine of another model's own
     scratch: Path
     cache: Path
+    account: str  # under which servers' prices are counted towards their ceilings
     progress: Callable[[str, int, int], None]
     opinions: Mapping[tuple[str, str, int], Opinion] = field(default_factory=dict)
     tokens: int = 0  # written by local models
+    cut: int = 0  # pairs of answers of which a ranker saw only a part
 
     def nonce(self, name: str) -> str:
         """See protocol.Panel."""
@@ -117,19 +125,69 @@ class Models:
 
     def rewards(self, model: str, rows: Sequence[tuple[str, str]]) -> list[float | None]:
         """See protocol.Panel."""
-        raise NotImplementedError
+
+        def score_rows(missing: Sequence[tuple[str, str]], put: Callable[[int, float | None], None]) -> None:
+            chat, limit = self._chat(model)
+            local.rewards(self.open_other(self.paths[model], "reward"), chat, missing, limit, put)
+
+        return self._numbers("reward", model, rows, score_rows)
 
     def compare(self, model: str, rows: Sequence[tuple[str, str, str]]) -> list[float | None]:
         """See protocol.Panel."""
-        raise NotImplementedError
+
+        def score_rows(missing: Sequence[tuple[str, str, str]], put: Callable[[int, float | None], None]) -> None:
+            ranker = self.open_other(self.paths[model], "compare")
+            self.cut += local.compare(ranker, missing, lambda i, one: put(i, one.logit)).truncated
+
+        return self._numbers("compare", model, rows, score_rows)
+
+    def _numbers(
+        self,
+        what: str,
+        model: str,
+        rows: Sequence[R],
+        score_rows: Callable[[Sequence[R], Callable[[int, float | None], None]], None],
+    ) -> list[float | None]:
+        """A number for each row, those in the journal not asked for again; None where the model gave none."""
+        readable = [row if all(is_unicode(text) for text in row) else None for row in rows]
+        keys = [request_key({"what": what, "model": self._identity(model), "row": row}) for row in readable]
+        known = self.journal.get(keys)
+        found: dict[str, float | None] = {key: float(value) for key, value in known.items()}
+        missing = [i for i, row in enumerate(readable) if row is not None and keys[i] not in found]
+
+        def put(number: int, value: float | None) -> None:
+            key = keys[missing[number]]
+            if value is not None and math.isfinite(value):
+                found[key] = value
+                self.journal.put(key, repr(value).encode())
+            self.progress("judging", len(found), len(rows))
+
+        if missing:
+            score_rows([rows[i] for i in missing], put)
+        return [found.get(key) for key in keys]
 
     @cached_property
     def journal(self) -> Journal:
         """What local models have answered in this stage."""
         return Journal(self.scratch / "answers.sqlite")
 
-    def _server(self, model: str) -> Any:
-        raise NotImplementedError
+    def _server(self, model: str) -> "Client":
+        from selfimprove.judges.server import Client
+
+        name = model.removeprefix(SERVER)
+        if name not in self._clients:
+            journal = Journal(self.cache / "servers.sqlite")
+            self._clients[name] = Client(name, self.servers[name], journal, self.progress, self.account)
+        return self._clients[name]
+
+    @cached_property
+    def _clients(self) -> dict[str, "Client"]:
+        return {}
+
+    @property
+    def spent(self) -> dict[str, "Spent"]:
+        """What each server was asked and what it cost."""
+        return {name: client.spent for name, client in self._clients.items()}
 
     def _identity(self, model: str) -> str:
         return f"{self.identities[model]}/{self.engine_section.model_dump_json()}"
@@ -142,22 +200,15 @@ class Models:
 
     def _chat(self, model: str) -> tuple[Chat, int]:
         """A model's chat, and the tokens that its context holds."""
+        path = self.paths[model]
         if model not in self._chats:
-            self._chats[model] = Chat(self.paths[model])
-        return self._chats[model], self.engine_section.max_model_len
+            self._chats[model] = Chat(path)
+        section = self.engine_section
+        return self._chats[model], section.max_model_len if model in RUN else context_length(path, section)
 
     @cached_property
     def _chats(self) -> dict[str, Chat]:
         return {}
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it has no lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def remembered(

@@ -24,6 +24,7 @@ class Watcher:
         self.score = ""
         self._where = ""
         self._begun = 0.0
+        self._first: dict[str, tuple[float, int]] = {}  # when a count was first told, and what it was
         self._said: dict[str, float] = {}
         self._tasks: dict[str, Any] = {}
         self._bars = Progress(
@@ -52,27 +53,27 @@ class Watcher:
         self._where = f"{_iteration(step.iteration)} {step.name} [{number}/{total}]"
         for task in self._tasks.values():
             self._bars.remove_task(task)
-        self._tasks, self._said = {}, {}
+        self._tasks, self._said, self._first = {}, {}, {}
         if self.console.is_terminal:
             self._tasks[""] = self._bars.add_task(f"{self._where} starting", total=None, rate="", score=self.score)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """See run.Display; what stands in parentheses, as a cost, changes on the way."""
         now = time.monotonic()
-        shown, what = what, what.partition(" (")[0]
-        first = self._said.setdefault(what, now)
-        rate = f"{done / (now - first):.0f}/s" if now - first > 0.5 else ""
+        name = what.partition(" (")[0]  # what follows changes as it goes on: the cost so far
+        first, had = self._first.setdefault(name, (now, done))  # what an earlier process did is no speed of this one
+        rate = f"{(done - had) / (now - first):.0f}/s" if now - first > 0.5 else ""
         if self.console.is_terminal:
             if "" in self._tasks:
                 self._bars.remove_task(self._tasks.pop(""))
-            if what not in self._tasks:
-                self._tasks[what] = self._bars.add_task("", total=total, rate="", score="")
-            text = f"{self._where} {shown}".strip()
-            self._bars.update(self._tasks[what], description=text, completed=done, rate=rate, score=self.score)
-        elif now - self._said.get(f"line {what}", first) > 10 and done < total:
-            self._said[f"line {what}"] = now
-            left = (now - first) * (total - done) / max(1, done)
-            line = f"  {self._where} {shown}: {done}/{total} {rate}, {left:.0f} s left"
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task("", total=total, rate="", score="")
+            told = f"{self._where} {what}".strip()
+            self._bars.update(self._tasks[name], description=told, completed=done, rate=rate, score=self.score)
+        elif now - self._said.get(name, first) > 10 and done < total:
+            self._said[name] = now
+            left = (now - first) * (total - done) / max(1, done - had)
+            line = f"  {self._where} {what}: {done}/{total} {rate}, {left:.0f} s left"
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def stopping(self) -> None:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from selfimprove import recipe
 from selfimprove.chat import Chat
-from selfimprove.engine.protocol import Engine, Request, Sampling
+from selfimprove.engine.protocol import Engine, Request, Sampling, Task
 from selfimprove.judges import Opinion
-from selfimprove.judges.panel import Models, Task, remembered, score
+from selfimprove.judges.panel import Models, remembered, score
 from selfimprove.records import Generation, Verdict
 from selfimprove.store import Artifact, model_identity, read_rows, row_seed
 from selfimprove.training.job import Job, PairRow, Weights
@@ -133,6 +133,7 @@ class StageIO:
             open_other=self.open_other,
             scratch=self.scratch,
             cache=self.cache,
+            account=self.scratch.name,
             progress=self.progress,
             opinions=opinions,
         )

@@ -59,6 +59,12 @@ def check(section: recipe.Label) -> Rule:
     return rule
 
 
+def all_judges(section: recipe.Label) -> list[recipe.Choice]:
+    """The judge, the members of an ensemble, and the audit's second judge."""
+    named = [section.judge, section.audit.second if section.audit else None]
+    return [one for choice in named if choice for one in (choice, *judges.members(choice))]
+
+
 def models(section: recipe.Label) -> list[str]:
     """The local models that labelling asks: policies of the run by name, others by directory or hub id."""
     return [name for name in _asked(section) if not name.startswith(SERVER)]
@@ -70,8 +76,7 @@ def servers(section: recipe.Label) -> list[str]:
 
 
 def _asked(section: recipe.Label) -> list[str]:
-    choices = [section.judge, section.audit and section.audit.second]
-    asked = [name for choice in choices if choice for name in judges.models(choice)]
+    asked = [name for choice in all_judges(section) for name in judges.models(choice)]
     if section.acquire and section.acquire.by == "certainty":
         asked.append("initial")
     return list(dict.fromkeys(asked))
@@ -96,6 +101,10 @@ def run(io: StageIO, section: recipe.Label) -> None:
         io.out.write_rows("flips", Flip, flips)
         io.out.metrics |= {"flipped": len(flips), "flipped share": len(flips) / max(1, len(pairs))}
     io.out.tokens += io.judging.tokens
+    if io.judging.spent:
+        io.out.metrics["servers"] = {name: dataclasses.asdict(spent) for name, spent in io.judging.spent.items()}
+    if io.judging.cut:
+        io.out.metrics["comparisons of cut answers"] = io.judging.cut
     scores = [o.score for o in found.opinions if o.score is not None]
     io.out.metrics |= {
         "pairs": len(pairs),

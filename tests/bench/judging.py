@@ -68,6 +68,7 @@ def judge_and_engine(rows: list[Candidate], repeats: int) -> None:
                 open_other=None,
                 scratch=Path(folder) / str(repeat),
                 cache=Path(folder),
+                account="bench",
                 progress=lambda what, done, total: None,
             )
             chat, _ = panel._chat("current")
@@ -101,7 +102,7 @@ def judge_and_engine(rows: list[Candidate], repeats: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--asked", type=int, default=1000)
+    parser.add_argument("--asked", type=int, default=600)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     checkers(candidates(given.rows), given.repeats)

@@ -192,8 +192,8 @@ def test_an_engine_that_fails_its_canary_is_rebuilt_and_survives_a_checkpoint_th
 
 def test_a_killed_host_is_rebuilt_at_the_next_swap(vllm, other, prompts, chat):
     vllm.swap(MODEL)
-    vllm._process.kill()
-    vllm._process.wait()
+    vllm._host.process.kill()
+    vllm._host.process.wait()
     with pytest.raises(HostError, match=r"ended|gone"):
         vllm.generate([Request(prompts[0], 1, 0)], greedy(chat), silent)
     vllm.swap(other)

@@ -95,6 +95,7 @@ def models(directory=MODEL, engine=None):
         open_other=None,
         scratch=None,
         cache=None,
+        account="test",
         progress=lambda what, done, total: None,
     )
 

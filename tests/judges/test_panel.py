@@ -53,6 +53,7 @@ def models(engine, scratch, **more):
         "open_other": None,
         "scratch": scratch,
         "cache": scratch,
+        "account": "test",
         "progress": lambda what, done, total: None,
     }
     return Models(**{**settings, **more})

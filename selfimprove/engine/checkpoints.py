@@ -1,0 +1,116 @@
+"""What the directory of a judge's model must hold: read, and said, before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from selfimprove import recipe
+from selfimprove.errors import UserError
+
+
+def context_length(model: Path, section: recipe.Engine) -> int:
+    """The tokens that one sequence of a model may have: engine.max_model_len, or its own positions where fewer."""
+    config = _config(model)
+    positions = config.get("text_config", config).get("max_position_embeddings")
+    return section.max_model_len if positions is None else min(section.max_model_len, int(positions))
+
+
+def check_weights(model: Path) -> None:
+    """Refuse a directory without safetensors: whoever opens a pickle runs what is written in it.
+
+    Raises:
+        UserError: no .safetensors file.
+    """
+    if list(model.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in model.glob(pattern))
+    raise UserError(
+        f"model {model} has no .safetensors weights" + (f", only {pickled[0]}" if pickled else ""),
+        "load it where you trust it and save it with save_pretrained, which writes safetensors",
+    )
+
+
+def check_reward_model(model: Path) -> None:
+    """Refuse what is no sequence classifier of one label that transformers itself knows.
+
+    Raises:
+        UserError: another architecture, a model with code of its own, several labels, no safetensors, or a head without
+            weights.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN
+
+    config = _config(model)
+    named = _architecture(config)
+    if "AutoModelForSequenceClassification" in config.get("auto_map", {}):
+        raise UserError(f"reward model {model} needs code of its own (trust_remote_code), which is not run", _FITTING)
+    if KNOWN.get(config.get("model_type")) != named:
+        raise UserError(f"{model} is no reward model: its architecture is {named}", _FITTING)
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)  # 2: transformers' own
+    if labels != 1:
+        raise UserError(f"reward model {model} has {labels} labels, a reward is one number", _FITTING)
+    check_weights(model)
+    if missing := _head_weights(model) - _weight_names(model):  # vLLM would serve what the memory happened to hold
+        raise UserError(
+            f"reward model {model} has no weights for {min(missing)}",
+            "save it with save_pretrained after it was trained",
+        )
+
+
+def check_ranker(model: Path) -> None:
+    """Refuse what is not of the form of PairRM-hf (see ranker.py).
+
+    Raises:
+        UserError: another architecture, a missing prefix id, no tokenizer.json, or no safetensors.
+    """
+    config = _config(model)
+    if _architecture(config) != "DebertaV2PairRM":
+        raise UserError(f"{model} is no pairwise ranker: its architecture is {_architecture(config)}", _PAIRRM)
+    missing = [name for name in PREFIXES if not isinstance(config.get(name), int)]
+    if missing:
+        raise UserError(f"the config of ranker {model} has no {missing[0]}", _PAIRRM)
+    if config.get("position_biased_input", True):
+        raise UserError(f"ranker {model} has absolute positions (position_biased_input)", _PAIRRM)
+    if not (model / "tokenizer.json").is_file():
+        raise UserError(f"ranker {model} has no tokenizer.json", _PAIRRM)
+    check_weights(model)
+
+
+PREFIXES = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")
+_FITTING = "name a model whose architecture ends in ForSequenceClassification, num_labels = 1"
+_PAIRRM = "name a directory of the form of llm-blender/PairRM-hf"
+
+
+def _head_weights(model: Path) -> set[str]:
+    """The names of a classifier's weights that are not its body's."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):  # names without memory
+        empty = transformers.AutoModelForSequenceClassification.from_config(
+            transformers.AutoConfig.from_pretrained(model)
+        )
+    return {name for name in empty.state_dict() if not name.startswith(f"{empty.base_model_prefix}.")}
+
+
+def _weight_names(model: Path) -> set[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names |= set(weights.keys())
+    return names
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    return str((config.get("architectures") or ["unknown"])[0])
+
+
+def _config(model: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"model {model} has no config.json that can be read", "save it with save_pretrained")
+    return config
