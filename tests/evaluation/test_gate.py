@@ -39,10 +39,8 @@ def test_a_sure_gain_is_promoted():
     assert (found.primary["level"], found.primary["n"]) == (0.0125, 200)
     assert found.guards["greedy"]["n"] == 200
     assert all(held["ok"] for held in found.health.values())
-    wanted = (
-        "Sampled against the best: +12.5 points (97.5 %: +9.5 to +15.5, 200 prompts): surely a gain of more than 0."
-    )
-    assert found.reasons == [wanted]
+    said = "Sampled against the best: +12.5 points (97.5 %: +9.5 to +15.5, 200 prompts)"
+    assert found.reasons == [f"{said}: surely a gain of more than 0."]
 
 
 def test_a_sure_loss_is_rolled_back_or_not_as_the_recipe_says():
@@ -87,10 +85,7 @@ def test_the_bounds_are_wider_the_more_rounds_there_are():
 
 
 def test_a_small_sure_gain_is_said_to_look_large():
-    rng = np.random.default_rng(0)
-    best = rng.integers(0, 5, 400) / 4
-    new = np.clip(best + rng.choice([-0.25, 0, 0.25], 400, p=[0.1, 0.72, 0.18]), 0, 1)
-    found = gate(new, best)
+    found = gate([0.5] * 70 + [0.0] * 40 + [0.25] * 290, [0.25] * 400)
     assert found.decision == "promote"
     assert found.primary["difference"] < found.primary["mde"]
     assert "probably looks larger than it is" in found.reasons[0]
