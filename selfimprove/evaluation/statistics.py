@@ -5,7 +5,7 @@ that a score lies between 0 and 1. Every interval here is a 95 % one; docs/evalu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,10 +68,10 @@ def clustered_mean(per_prompt: Sequence[float]) -> Interval:
     return _mean(values, _error(values), len(values))
 
 
-def mean_over_clusters(values: Sequence[float], clusters: Sequence[str]) -> Interval:
+def mean_over_clusters(values: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
     """Mean of values that hang together in clusters: the instructions of one prompt, the turns of a dialogue.
 
-    Student's t with as many degrees of freedom as clusters, less one, on `clustered_error` times sqrt(C / (C - 1)),
+    Student's t with as many degrees of freedom as clusters, less one; the standard error times sqrt(C / (C - 1)),
     like statsmodels and Stata. Clusters of one size give what `clustered_mean` gives on their means. With few clusters
     of very different sizes it is too narrow.
 
@@ -83,14 +83,14 @@ def mean_over_clusters(values: Sequence[float], clusters: Sequence[str]) -> Inte
     return _mean(array, _corrected(array, clusters), number)
 
 
-def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
+def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
     """The standard error of a mean with clusters: the root of the sum of squared cluster sums about the mean, over n.
 
     Miller 2024, arXiv 2411.00640, equation 4; no correction for a small number of clusters.
     """
     array = np.asarray(values, dtype=float)
-    index = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    sums = np.bincount(index, array - array.mean())
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    sums = np.bincount([places[cluster] for cluster in clusters], array - array.mean())
     return float(np.sqrt((sums**2).sum())) / len(array)
 
 
@@ -132,7 +132,7 @@ def compare_signs(old: Sequence[float], new: Sequence[float]) -> Comparison:
     return _compared(_differences(old, new), "sign")
 
 
-def compare_clustered(old: Sequence[float], new: Sequence[float], clusters: Sequence[str]) -> Comparison:
+def compare_clustered(old: Sequence[float], new: Sequence[float], clusters: Sequence[Hashable]) -> Comparison:
     """The paired difference where values of a cluster hang together; see `mean_over_clusters`. n counts clusters.
 
     Raises:
@@ -234,11 +234,11 @@ def _error(values: Values) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-def _corrected(values: Values, clusters: Sequence[str]) -> float:
+def _corrected(values: Values, clusters: Sequence[Hashable]) -> float:
     number = len(set(clusters))
     if number < 2:
         raise ValueError("an interval needs at least two clusters")
-    return clustered_error(values.tolist(), clusters) * math.sqrt(number / (number - 1))
+    return clustered_standard_error(values.tolist(), clusters) * math.sqrt(number / (number - 1))
 
 
 def _mean(values: Values, error: float, n: int) -> Interval:

@@ -110,7 +110,7 @@ def test_clustered_intervals_equal_statsmodels():
     assert (mean.value, mean.n) == (pytest.approx(old.mean()), 60)
     assert (mean.low, mean.high) == tuple(pytest.approx(b) for b in fit.conf_int()[0])
     plain = OLS(old, np.ones(len(old))).fit(cov_type="cluster", cov_kwds=groups | {"use_correction": False})
-    assert statistics.clustered_error(old, names) == pytest.approx(plain.bse[0])
+    assert statistics.clustered_standard_error(old, names) == pytest.approx(plain.bse[0])
 
 
 def test_clusters_of_one_size_are_their_means():
@@ -126,15 +126,17 @@ def test_no_spread_in_clusters_counts_clusters():
 
 
 @needs_data
-def test_clustered_error_equals_the_example_on_alpaca_eval():
+def test_clustered_standard_error_equals_the_example_on_alpaca_eval():
     expected = json.loads((DATA / "alpaca_lc/public/clustered_se_example.json").read_text())
     rows = [json.loads(line) for line in (DATA / "alpaca_lc/public/claude-2.1.jsonl").read_text().splitlines()]
     wins = [(1.5 if row["preference"] == 0 else row["preference"]) - 1 for row in rows]
     prompts = [json.loads(line) for line in (DATA / "alpaca_eval_805/instructions.jsonl").read_text().splitlines()]
     sources = {prompt["index"]: prompt["dataset"] for prompt in prompts}
-    found = statistics.clustered_error(wins, [sources[row["index"]] for row in rows])
+    found = statistics.clustered_standard_error(wins, [sources[row["index"]] for row in rows])
     assert found == pytest.approx(expected["clustered_se_by_dataset"], abs=1e-12)
-    assert statistics.clustered_error(wins, [str(i) for i in range(805)]) == pytest.approx(expected["sem"], rel=1e-3)
+    assert statistics.clustered_standard_error(wins, [str(i) for i in range(805)]) == pytest.approx(
+        expected["sem"], rel=1e-3
+    )
 
 
 @needs_data
