@@ -1,5 +1,6 @@
 """`selfimprove export`: what it writes loads elsewhere, says what manifests say, and nothing of the machine."""
 
+import inspect
 import json
 import shutil
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from tests.altered import change_manifest, change_recipe, decision, everything, 
 from tests.conftest import selfimprove
 
 HOSTILE = '<script>alert(1)</script> | `x` [link](javascript:alert(2)) <img src=x onerror="alert(3)">\x1b[31m'
+REAL_API = huggingface_hub.HfApi
 TOKEN = "hf_ThisIsNoTokenOfAnyone"
 
 
@@ -298,6 +300,7 @@ class Hub:
             raise AttributeError(name)
 
         def method(*arguments, **named):
+            inspect.signature(getattr(REAL_API, name)).bind(self, *arguments, **named)  # the real one would take it
             if name in self.fails:
                 raise self.fails[name]
             self.asked.append((name, {"repo_id": arguments[0] if arguments else None, **named}))
