@@ -1,11 +1,13 @@
 """`selfimprove gate`: its exit code is for programs, its words are for people."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from selfimprove.data import SHIPPED
 from tests.altered import decision, gated
-from tests.conftest import selfimprove
+from tests.conftest import QUICK, selfimprove
 
 
 @pytest.mark.parametrize(
@@ -61,3 +63,27 @@ def test_a_gate_that_has_not_decided_is_no_answer(fake_run):
     result = selfimprove("gate", "fake")
     assert (result.code, result.out) == (1, "")
     assert "has not decided yet" in result.err
+
+
+def test_a_real_gate_is_told_compared_and_exported(cut_data):
+    """Two rounds with a gate of their own, not a hand-written one."""
+    lines = SHIPPED["demo:selection"].read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("selection.jsonl").write_text("".join(lines[:30]), encoding="utf-8")
+    stages = "stages=['generate', 'label', 'train', 'evaluate', 'gate']"
+    settings = [stages, "data.selection=selection.jsonl", "gate={}"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    for name, seed in (("a", "0"), ("b", "1")):
+        ended = selfimprove("iterate", "spin", "--rounds", "2", "--run", name, "--seed", seed, *QUICK, *given)
+        assert ended.code == 0, ended.err
+    written = json.loads(Path("runs/a/iter-002/5-gate/gate.json").read_text())
+    result = selfimprove("gate", "a")
+    assert result.code == (0 if written["decision"] == "promote" else 3), result.err
+    assert all(reason in result.out for reason in written["reasons"])
+    assert json.loads(selfimprove("gate", "a", "--json").out).items() >= written.items()
+    told = json.loads(selfimprove("compare", "a", "b", "--json").out)
+    assert told["runs"][0]["best"]["iteration"] == written["best"]
+    assert {row["n"] for row in told["comparisons"]} == {40}  # of the report split; the other one has 30
+    assert selfimprove("export", "a", "--latest", "--out", "out").code == 0
+    card = Path("out/README.md").read_text()
+    assert f"**{written['decision']}**" in card
+    assert "selection.jsonl | prompts that the gate looks at" in card

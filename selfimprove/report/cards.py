@@ -38,7 +38,7 @@ def model(made: Release, repo: str | None) -> str:
 
     header = ModelCardData(
         base_model=made.base.name if made.base.hub else None,
-        datasets=repo,
+        datasets=[repo] if repo else None,
         library_name="transformers",
         license=made.licence or "unknown",
         pipeline_tag="text-generation",
