@@ -4,10 +4,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from scipy import special
+
 from selfimprove.evaluation import statistics
 from selfimprove.evaluation.statistics import Comparison, holm
+from selfimprove.evaluation.wording import called
 from selfimprove.report.evidence import Evaluation
-from selfimprove.report.figures import number, p_value, signed
+from selfimprove.report.figures import FIRM, number, p_value, signed
 
 TESTS = {"paired t": "paired t-test", "McNemar exact": "McNemar's exact test"}
 Verdict = Literal["better", "worse", "perhaps", "no difference shown", "unknown"]
@@ -54,7 +57,8 @@ def answer(found: Sequence[Evaluation], primary: str | None, promoted: int | Non
     if not modes:
         return Answer("unknown", f"Not known: {one.label} was compared with no base.", [])
     base = next((b for b in found if b.kind == "base"), None)
-    verdict = judged(compared[modes[0]])
+    first = as_comparison(compared[modes[0]])
+    verdict = judged(first)
     lead = {
         "better": "Better",
         "worse": "Worse",
@@ -64,36 +68,28 @@ def answer(found: Sequence[Evaluation], primary: str | None, promoted: int | Non
     others = [mode for mode in dict.fromkeys(modes) if mode != modes[0]]
     beside = [f"{_told(one, base, mode, 'The')}." for mode in others]
     beside += [_control(control, one, modes[0]) for control in found if control.kind == "control"]
-    smallest = detectable(compared[modes[0]])
-    if smallest is not None:
-        beside.append(
-            f"These {compared[modes[0]]['n']} prompts show a true difference of {number(smallest)} four times in five; "
-            "a smaller gain is never called better here."
-        )
+    beside.append(
+        f"These {first.n} prompts show a true difference of {number(first.mde)} four times in five; a smaller gain is "
+        "never called better here."
+    )
     return Answer(verdict, f"{lead}: {_told(one, base, modes[0], 'the')}.", [text for text in beside if text])
 
 
-def judged(told: Mapping[str, Any]) -> Verdict:
-    """Better only where the interval lies above zero and the gain is one that these prompts can tell."""
-    low, high = told["ci95"]
-    if high < 0:
-        return "worse"
-    if low <= 0:
-        return "no difference shown"
-    smallest = detectable(told)
-    return "better" if smallest is None or told["difference"] >= smallest else "perhaps"
+def judged(compared: Comparison) -> Verdict:
+    """See wording.called; a gain whose interval lies above zero and that these prompts cannot tell is a perhaps."""
+    name = called(compared)
+    if name == "better" or name == "worse":
+        return name
+    return "perhaps" if compared.low > 0 else "no difference shown"
 
 
-def detectable(told: Mapping[str, Any]) -> float | None:
-    """The smallest true difference found with a power of .8 at level .05, from the interval's width."""
-    from scipy import stats
-
+def as_comparison(told: Mapping[str, Any]) -> Comparison:
+    """A comparison of scores.json; its minimum detectable effect from the width of its interval, by Student's t."""
     low, high = told["ci95"]
     freedom = told["n"] - 1
-    if freedom < 1:
-        return None
-    quantile = float(stats.t.ppf(0.975, freedom))
-    return float((high - low) / 2 / quantile * (quantile + stats.t.ppf(0.8, freedom)))
+    error = (high - low) / 2 / float(special.stdtrit(freedom, 1 - statistics.TAIL))
+    mde = told.get("mde") or statistics.minimum_detectable_effect(error, freedom)
+    return Comparison(told["difference"], low, high, told["p"], told["test"], told["n"], mde)
 
 
 def _told(one: Evaluation, base: Evaluation | None, mode: str, the: str) -> str:
@@ -102,7 +98,7 @@ def _told(one: Evaluation, base: Evaluation | None, mode: str, the: str) -> str:
     before = f"from {number(base.scores[mode]['value'])} at the base " if base and mode in base.scores else ""
     return (
         f"{the} {mode} score went {before}to {number(one.scores[mode]['value'])} after {one.label}, a difference of "
-        f"{signed(told['difference'])} (95 % interval {low} to {high}; {p_value(told['p'])}, "
+        f"{signed(told['difference'])} (95{FIRM}% interval {low} to {high}; {p_value(told['p'])}, "
         f"{TESTS.get(told['test'], told['test'])} over the same {told['n']} prompts)"
     )
 
@@ -114,7 +110,7 @@ def _control(control: Evaluation, one: Evaluation, mode: str) -> str:
         return ""
     return (
         f"The control, plain fine-tuning on the seeds' gold answers, scores {number(control.scores[mode]['value'])}: "
-        f"{signed(compared.difference)} against {one.label} (95 % interval {signed(compared.low)} to "
+        f"{signed(compared.difference)} against {one.label} (95{FIRM}% interval {signed(compared.low)} to "
         f"{signed(compared.high)})."
     )
 

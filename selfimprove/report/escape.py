@@ -14,9 +14,10 @@ from markupsafe import Markup, escape
 LONGEST = 4_000  # characters of one text; what is left out is counted and said
 HIDDEN = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})  # controls, formats, private use, surrogates, separators
 ORTHOGRAPHY = "\u200c\u200d"  # the joiners: Persian, the Indic scripts and emoji are not right without them
-C0 = """
-    NUL SOH STX ETX EOT ENQ ACK BEL BS HT LF VT FF CR SO SI DLE DC1 DC2 DC3 DC4 NAK SYN ETB CAN EM SUB ESC FS GS RS US
-""".split()
+C0 = (
+    "NUL", "SOH", "STX", "ETX", "EOT", "ENQ", "ACK", "BEL", "BS", "HT", "LF", "VT", "FF", "CR", "SO", "SI",
+    "DLE", "DC1", "DC2", "DC3", "DC4", "NAK", "SYN", "ETB", "CAN", "EM", "SUB", "ESC", "FS", "GS", "RS", "US",
+)  # fmt: skip
 SHORT = dict(enumerate(C0)) | {
     0x7F: "DEL", 0x9B: "CSI",
     0x061C: "ALM", 0x200E: "LRM", 0x200F: "RLM", 0x202A: "LRE", 0x202B: "RLE", 0x202C: "PDF", 0x202D: "LRO",

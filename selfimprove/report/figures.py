@@ -1,6 +1,7 @@
 """How numbers are written: three digits, no zero before the point below one, a true minus sign."""
 
 MINUS = "−"
+FIRM = "\u00a0"  # a space that no line ends at
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -19,7 +20,8 @@ def signed(value: float | None) -> str:
 
 def p_value(value: float) -> str:
     """`p < .001`, `p = .034`."""
-    return "p < .001" if value < 0.001 else "p = 1" if value > 0.9995 else f"p = {number(value)}"
+    text = "< .001" if value < 0.001 else "= 1" if value > 0.9995 else f"= {number(value)}"
+    return f"p {text}".replace(" ", FIRM)
 
 
 def plain(value: float | None) -> str:
@@ -28,6 +30,11 @@ def plain(value: float | None) -> str:
         return "–"
     text = f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return text.replace("-", MINUS)
+
+
+def short(value: float | None) -> str:
+    """Three digits after the point where that says enough, `plain` for large ones: `.717`, `5.848`, `1,024`."""
+    return plain(value) if value is not None and abs(value) >= 100 else number(value)
 
 
 def count(value: float | None) -> str:
@@ -40,9 +47,9 @@ def seconds(value: float) -> str:
     if value < 60:
         return f"{value:.1f} s"
     whole = round(value)
-    return (
-        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    )
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def usd(value: float) -> str:

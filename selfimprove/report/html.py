@@ -3,7 +3,6 @@
 Every value that the template prints goes through `shown`; only what this package made itself is let through as markup.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from selfimprove import plan, status
+from selfimprove import facts, plan, status
+from selfimprove.evaluation.health import panel
 from selfimprove.plan import Examined
 from selfimprove.recipe import Recipe
 from selfimprove.recipe_file import dump
@@ -41,9 +41,9 @@ def render(run: Run, recipe: Recipe) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
     )
-    for function in (figures.number, figures.signed, figures.p_value, figures.count, figures.plain, figures.seconds):
-        environment.filters[function.__name__] = function
-    environment.filters |= {"usd": figures.usd, "cut": cut, "mark": samples.mark, "pieces": pieces}
+    for name in ("number", "signed", "p_value", "plain", "short", "count", "seconds", "usd"):
+        environment.filters[name] = getattr(figures, name)
+    environment.filters |= {"cut": cut, "mark": samples.mark, "pieces": pieces}
     template = environment.from_string((HERE / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(content(run, recipe))
 
@@ -70,7 +70,7 @@ def content(run: Run, recipe: Recipe) -> dict[str, Any]:
         "score_charts": {mode: charts.scores(f"scores-{mode}", _marks(found, mode)) for mode in modes},
         "matrices": {mode: told for mode in modes if (told := matrix(found, mode))},
         "gates": gates,
-        "health": health(run, recipe),
+        "health": panel(facts.gather(run, recipe)),
         "audit_rounds": list(audits),
         "audit": tables.audit(audits),
         "judges": tables.judges(audits),
@@ -101,9 +101,9 @@ def _best(run: Run) -> int | None:
 
 def _marks(found: Sequence[Evaluation], mode: str) -> list[Mark]:
     return [
-        Mark(one.short, one.scores[mode]["value"], *one.scores[mode]["ci95"], one.kind == "control")
+        Mark(one.short, told["value"], told["ci95"][0], told["ci95"][1], one.kind == "control")
         for one in found
-        if mode in one.scores
+        if (told := one.scores.get(mode))
     ]
 
 
@@ -166,25 +166,8 @@ def pieces(those: Sequence[Piece], whole: str) -> Markup:
 
 
 def _marked(piece: Piece) -> Markup:
-    """The words as <ins> or <del>; spaces at the ends stay outside, where a line through them would look like a dash."""
+    """The words as <ins> or <del>; spaces at the ends stay outside: struck through they would look like dashes."""
     words = piece.text.strip() or piece.text
     start = piece.text.index(words)
     parts = piece.text[:start], words, piece.text[start + len(words) :]
     return Markup("{0}<{tag}>{1}</{tag}>{2}").format(*map(markup, parts), tag=piece.kind)
-
-
-@functools.cache
-def _health() -> Any:
-    """The rooms that know a run's health; None in a version without them."""
-    try:
-        from selfimprove import facts
-        from selfimprove.evaluation import health as rules
-    except ImportError:
-        return None
-    return facts, rules
-
-
-def health(run: Run, recipe: Recipe) -> list[Any]:
-    """The indicators of the run's health."""
-    rooms = _health()
-    return rooms[1].panel(rooms[0].gather(run, recipe)) if rooms else []

@@ -129,7 +129,7 @@ def _flat(prefix: str, told: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
             yield where, f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]"
         elif isinstance(value, Mapping) and name == "reasons":
-            yield from ((f"no score: {reason}", count(times)) for reason, times in value.items())
+            yield from ((f"no score: {reason}", _value(times)) for reason, times in value.items())
         elif isinstance(value, Mapping):
             yield from _flat(f"{where}.", value)
         else:
@@ -168,8 +168,9 @@ def provenance(run: Run, recipe: Recipe, examined: Sequence[Examined]) -> list[O
 
 
 def _environment(about: Mapping[str, Any], examined: Sequence[Examined]) -> Mapping[str, Any]:
-    last = next((one.manifest.environment for one in reversed(examined) if one.manifest), {})
-    return last or about.get("environment", {})
+    last = next((one.manifest for one in reversed(examined) if one.manifest), None)
+    known: Mapping[str, Any] = about.get("environment", {})
+    return last.environment if last else known
 
 
 def _origins(recipe: Recipe, examined: Sequence[Examined]) -> list[Origin]:
