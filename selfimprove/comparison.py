@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 from selfimprove import recipe_file
 from selfimprove.errors import UserError
-from selfimprove.evaluation import wording
+from selfimprove.evaluation import splits, wording
 from selfimprove.evaluation.statistics import Comparison, compare_binary, compare_means, holm
 from selfimprove.plan import BASE
 from selfimprove.recipe import Recipe
 from selfimprove.results import MODES, Cost, Round, costs, evaluated, total
-from selfimprove.stages import evaluate
 from selfimprove.status import standing
 from selfimprove.store import Manifest, Run
 
@@ -84,7 +83,7 @@ def _keyed(scores: Mapping[tuple[str, str], float], by_text: bool) -> dict[str, 
 
 def paired(scores: Shared, mode: str) -> Comparison:
     """McNemar's test of greedy answers that are right or wrong, elsewhere a paired t-test on the prompts' means."""
-    binary = mode == evaluate.GREEDY and all(score in (0, 1) for score in (*scores.old, *scores.new))
+    binary = mode == splits.GREEDY and all(score in (0, 1) for score in (*scores.old, *scores.new))
     return (compare_binary if binary else compare_means)(scores.old, scores.new)
 
 

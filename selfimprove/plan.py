@@ -75,8 +75,8 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         name: INITIAL if name == INITIAL else f"model:{name}" for name in evaluate.models(recipe.evaluate)
     }
 
-    def evaluation(iteration: int, name: str, policy: str, compared: dict[str, str]) -> Step:
-        models = {"policy": policy} | asking
+    def evaluation(iteration: int, name: str, policy: str, compared: dict[str, str], m0: str | None = None) -> Step:
+        models = {"policy": policy} | asking | ({evaluate.M0: m0} if m0 else {})
         servers = evaluate.servers(recipe.evaluate)
         return Step(iteration, name, evaluate, recipe.evaluate, measured | compared, models, True, servers)
 
@@ -166,7 +166,7 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         if compared["previous"] == base:
             del compared["previous"]
         trained_policy = at(t, "train", f"/{train.POLICY}")
-        yield evaluation(t, place["evaluate"], trained_policy, compared)
+        yield evaluation(t, place["evaluate"], trained_policy, compared, start)
         if now.gate:
             last = {"last": at(t - 1, "gate")} if t > 1 else {}
             judged = {"evaluation": at(t, "evaluate"), "best": f"best:{last['last']}" if last else before, "base": base}

@@ -136,6 +136,8 @@ class Sample:
     reason: str
     split: str = "report"
     tokens: int = 0
+    logps: float | None = None  # of the first sampled answer to each prompt, summed, in nats, under the policy ...
+    initial_logps: float | None = None  # ... and under M_0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfimprove.errors import UserError
+from selfimprove.evaluation import splits
 from selfimprove.plan import CONTROL_EVALUATE, Step, steps
 from selfimprove.recipe import Recipe
 from selfimprove.stages import evaluate
 from selfimprove.status import read_scores
 from selfimprove.store import Manifest, Run, missing_outputs, read_manifest
 
-MODES = (evaluate.GREEDY, evaluate.SAMPLED)
+MODES = (splits.GREEDY, splits.SAMPLED)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def read_means(directory: Path) -> dict[str, dict[tuple[str, str], float]]:
         split = ["split"] if "split" in pq.read_schema(shard).names else []  # older runs have the one split only
         table = pq.read_table(shard, columns=wanted + split)
         if split:
-            table = table.filter(pc.equal(table["split"], evaluate.REPORT))
+            table = table.filter(pc.equal(table["split"], splits.REPORT))
         grouped = table.group_by(["mode", "prompt_id", "prompt"]).aggregate([("score", "mean")])
         for row in grouped.to_pylist():
             if row["score_mean"] is not None:

@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 from selfimprove.errors import UserError
+from selfimprove.evaluation import splits
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Step, examine, steps
 from selfimprove.recipe import Recipe
-from selfimprove.stages import evaluate, gate
+from selfimprove.stages import gate
 from selfimprove.store import Run, broken_outputs, read_json, read_manifest
 
 
@@ -51,7 +52,7 @@ def standing(run: Run, chosen: Recipe) -> Standing | None:
     values, promoted = {}, BASE
     for step in steps(chosen):
         if step.iteration > BASE and (scores := read_scores(run, step)):
-            values[step.iteration] = scores["scores"][evaluate.SAMPLED]["value"]
+            values[step.iteration] = scores["scores"][splits.SAMPLED]["value"]
         if decision := read_decision(run, step):
             promoted = int(decision["best"])
     if not values:

@@ -154,7 +154,7 @@ def test_a_real_decision_is_made_and_the_rest_of_a_stopped_run_resumes(gated):
     [
         (["data.selection=selection.jsonl"], "go together"),
         ([STAGES, "gate={}"], "go together"),
-        ([STAGES, "gate={}", "data.selection=heldout.jsonl"], "stand in data.selection too"),
+        ([STAGES, "gate={}", "data.selection=heldout.jsonl"], "stand in data.heldout too"),
         ([STAGES, "gate={}", "data.selection=seeds.jsonl"], "stand in data.selection too"),
         ([STAGES, "gate={}", "data.selection=nowhere.jsonl"], "no file"),
         ([STAGES, "gate={metric='elo'}", "data.selection=selection.jsonl"], "gate.metric"),

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from selfimprove.evaluation import splits
 from selfimprove.plan import Examined
 from selfimprove.report import diff
 from selfimprove.report.diff import Piece
 from selfimprove.report.evidence import Evaluation, columns, finite, rows_at
 from selfimprove.report.figures import MINUS
-from selfimprove.stages import evaluate, label
+from selfimprove.stages import label
 
 PROMPTS = 12  # shown
 PAIRS = 3  # shown of each end
@@ -75,11 +76,11 @@ class Pairs(NamedTuple):
 
 def answers(found: Sequence[Evaluation]) -> list[Group]:
     """Greedy answers of base, SFT and rounds to some prompts of each fate between the first and the last of them."""
-    those = [one for one in found if one.kind != "control" and evaluate.GREEDY in one.by_prompt]
+    those = [one for one in found if one.kind != "control" and splits.GREEDY in one.by_prompt]
     if not those:
         return []
-    shared = sorted(set.intersection(*(set(one.by_prompt[evaluate.GREEDY]) for one in those)))
-    before, after = (one.by_prompt[evaluate.GREEDY] for one in (those[0], those[-1]))
+    shared = sorted(set.intersection(*(set(one.by_prompt[splits.GREEDY]) for one in those)))
+    before, after = (one.by_prompt[splits.GREEDY] for one in (those[0], those[-1]))
     fates: dict[str, list[str]] = {"gained": [], "lost": [], "the same": []}
     for prompt_id in shared:
         change = after[prompt_id] - before[prompt_id]
@@ -109,7 +110,7 @@ def _greedy(directory: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """The greedy rows of these prompts."""
     keys = columns(directory, "samples", ("prompt_id", "mode"))
     both = zip(keys["prompt_id"].to_pylist(), keys["mode"].to_pylist(), strict=True)
-    places = [k for k, (prompt_id, mode) in enumerate(both) if mode == evaluate.GREEDY and prompt_id in wanted]
+    places = [k for k, (prompt_id, mode) in enumerate(both) if mode == splits.GREEDY and prompt_id in wanted]
     fields = ("prompt_id", "prompt", "text", "score", "finish_reason")
     return {row["prompt_id"]: row for row in rows_at(directory, "samples", fields, places).values()}
 

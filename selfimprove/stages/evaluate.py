@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from selfimprove import data, judges, recipe
 from selfimprove.errors import UserError
+from selfimprove.evaluation.splits import GREEDY, REPORT, SAMPLED, SELECTION, per_prompt
 from selfimprove.judges import Candidate, Judge
-from selfimprove.records import HeldOut, Sample
+from selfimprove.records import Generation, HeldOut, Sample
 from selfimprove.stages import benchmarks
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import read_rows
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 TEMPLATES: tuple[str, ...] = ()
-GREEDY, SAMPLED = "greedy", "sampled"
-REPORT, SELECTION = "report", "selection"
+M0 = "m0"  # the model that round 1 begins with, to measure how far a policy has gone
 SPLITS = {REPORT: "heldout", SELECTION: "selection"}  # and the input that has its prompts
 
 
@@ -105,6 +105,7 @@ def _answered(io: StageIO, section: recipe.Evaluate, split: str, heldout: list[H
             Candidate(r.prompt_id, r.prompt, mode, r.sample, r.text, r.token_ids, r.finish_reason, answers[r.prompt_id])
             for r in rows
         ]
+        under = _logps(io, rows) if (mode, split) == (SAMPLED, REPORT) else [(None, None)] * len(rows)
         samples += [
             Sample(
                 c.prompt_id,
@@ -117,13 +118,24 @@ def _answered(io: StageIO, section: recipe.Evaluate, split: str, heldout: list[H
                 opinion.reason,
                 split,
                 len(c.token_ids),
+                *logps,
             )
-            for c, opinion in zip(candidates, judge(candidates, io.judging), strict=True)
+            for c, opinion, logps in zip(candidates, judge(candidates, io.judging), under, strict=True)
         ]
         io.out.metrics[f"{prefix}{mode} mean tokens"] = sum(len(r.token_ids) for r in rows) / max(1, len(rows))
         cut = sum(r.finish_reason == "length" for r in rows)
         io.out.metrics[f"{prefix}{mode} truncated share"] = cut / max(1, len(rows))
     return samples
+
+
+def _logps(io: StageIO, rows: list[Generation]) -> list[tuple[float | None, float | None]]:
+    """Summed log-probs (nats) under the policy and under M_0 of the first answer to each prompt, where M_0 is known."""
+    found: dict[int, tuple[float | None, float | None]] = {}
+    firsts = [i for i, row in enumerate(rows) if row.sample == 0] if M0 in io.models else []
+    pieces = [(rows[i].prompt_token_ids, rows[i].token_ids) for i in firsts]
+    for i, logprobs in zip(firsts, io.score(io.models[M0], pieces) if firsts else [], strict=True):
+        found[i] = sum(rows[i].logprobs), None if logprobs is None else sum(logprobs)
+    return [found.get(i, (None, None)) for i in range(len(rows))]
 
 
 def scores(samples: list[Sample], earlier: dict[str, list[Sample]]) -> dict[str, Any]:
@@ -161,15 +173,6 @@ def _scores(own: dict[str, dict[str, float]]) -> dict[str, Any]:
         GREEDY: _interval(statistics.proportion(list(own[GREEDY].values()))),
         SAMPLED: _interval(statistics.clustered_mean(list(own[SAMPLED].values()))),
     }
-
-
-def per_prompt(samples: list[Sample], mode: str, split: str = REPORT) -> dict[str, float]:
-    """Mean score of each prompt's answers in a mode."""
-    values: dict[str, list[float]] = {}
-    for sample in samples:
-        if (sample.mode, sample.split) == (mode, split) and sample.score is not None:
-            values.setdefault(sample.prompt_id, []).append(sample.score)
-    return {prompt_id: sum(of) / len(of) for prompt_id, of in values.items()}
 
 
 def _interval(interval: "Interval") -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from selfimprove import recipe
 from selfimprove.evaluation import diversity
+from selfimprove.evaluation.splits import GREEDY, SAMPLED, SELECTION, per_prompt
 from selfimprove.records import Sample
-from selfimprove.stages.evaluate import GREEDY, SAMPLED, SELECTION, per_prompt
 from selfimprove.stages.io import StageIO
 from selfimprove.store import read_json, read_rows
 
