@@ -47,7 +47,7 @@ def show(looked: dict[str, Any], console: Console) -> None:
         from selfimprove.report import terminal
 
         console.print(terminal.stages_table(looked))
-        console.print(terminal.iterations_table(looked))
+        console.print(terminal.evaluations(looked))
         return
     for stage in looked["stages"]:
         console.print(f"[bold]{stage['stage']}[/]  key {stage['key'][:12]}, {stage['seconds']} s, {stage['finished']}")
