@@ -62,8 +62,8 @@ BENCH_ENV = HF_HUB_OFFLINE=1 TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false
 bench-train: setup  ## our training step beside TRL's (OUT=FILE.json REPEATS=5 VOCAB="1024 32768")
 	$(BENCH_ENV) $(BIN)/python -W ignore -m tests.bench.train --repeats $(REPEATS) --vocab $(VOCAB) $(if $(OUT),--out $(OUT))
 
-docs: setup  ## regenerate docs/cli.md and docs/losses.md
-	$(BIN)/python docs/make_cli.py && $(BIN)/python docs/make_losses.py
+docs: setup  ## regenerate docs/cli.md, docs/losses.md and docs/health.md
+	$(BIN)/python docs/make_cli.py && $(BIN)/python docs/make_losses.py && $(BIN)/python docs/make_health.py
 
 # needs uv, and the torch CPU wheel in UV_FIND_LINKS
 UVC = uv pip compile -q pyproject.toml --python-version 3.11 --no-annotate --custom-compile-command "make lock"

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-TEXTS = 1000  # of a round, drawn at random, that diversity looks at
 ROWS = 4096  # read at a time
 NOT_ASKED = ("not acquired", "acquired in an earlier round", "over quota")  # prompts that were not to give a pair
 Encode = Callable[[list[str]], "np.ndarray[Any, np.dtype[Any]]"]  # texts -> vectors, one a row
@@ -222,7 +221,7 @@ def _columns(directory: Path, name: str, columns: Sequence[str]) -> Iterator["pa
 
 
 def _drawn(columns: Iterable["pa.Array[Any]"]) -> list[str]:
-    """At most TEXTS texts, at random: of each a number is drawn, and the smallest numbers stay."""
+    """At most diversity.TEXTS texts, at random: of each a number is drawn, and the smallest numbers stay."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -230,8 +229,8 @@ def _drawn(columns: Iterable["pa.Array[Any]"]) -> list[str]:
     for column in columns:
         numbers = np.concatenate([numbers, rng.random(len(column))])
         texts = np.concatenate([texts, column.to_numpy(zero_copy_only=False)])
-        if len(numbers) > TEXTS:
-            smallest = np.sort(np.argpartition(numbers, TEXTS)[:TEXTS])
+        if len(numbers) > diversity.TEXTS:
+            smallest = np.sort(np.argpartition(numbers, diversity.TEXTS)[: diversity.TEXTS])
             numbers, texts = numbers[smallest], texts[smallest]
     return list(texts)
 

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,14 @@ def dump(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """What changes between two recipes, as `train.beta 0.1 -> 0.2`, without `rounds` and `[machine]`."""
-    a, b = (_flat(r.model_dump(exclude={"rounds", "machine"})) for r in (old, new))
-    return [f"{key} {a.get(key)} -> {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+    return [f"{key} {a} -> {b}" for key, (a, b) in side_by_side([old, new], {"rounds", "machine"}).items()]
+
+
+def side_by_side(recipes: Sequence[Recipe], without: Collection[str] = ()) -> dict[str, list[Any]]:
+    """The keys, less some sections, that are not the same in all recipes: each one's value, None where it has none."""
+    flat = [_flat(r.model_dump(exclude=set(without))) for r in recipes]
+    values = {key: [of.get(key) for of in flat] for key in sorted(set().union(*flat))}
+    return {key: given for key, given in values.items() if any(value != given[0] for value in given)}
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,12 +21,11 @@ from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
 from selfimprove.models import is_hub_id, locate_model
-from selfimprove.plan import BASE, INITIAL, Sources, Step, examine, ingredients_of, steps, stops, upstream
+from selfimprove.plan import INITIAL, Sources, Step, examine, ingredients_of, steps, stops, upstream
 from selfimprove.preflight import check
 from selfimprove.recipe import Recipe
-from selfimprove.stages import evaluate
 from selfimprove.stages.io import StageIO
-from selfimprove.status import read_decision, read_scores
+from selfimprove.status import read_scores, standing
 from selfimprove.store import Artifact, Manifest, Run, key_of, missing_outputs, read_manifest, write_atomically
 
 
@@ -240,20 +239,10 @@ def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:
 
 
 def point_links(run: Run, chosen: Recipe) -> None:
-    """`latest` is the last evaluated iteration; `best` the last one that a gate promoted (0: none was).
-
-    Without a gate it is the one with the highest sampled accuracy.
-    """
-    values, promoted = {}, None
-    for step in steps(chosen):
-        if step.iteration > BASE and (scores := read_scores(run, step)):
-            values[step.iteration] = scores["scores"][evaluate.SAMPLED]["value"]
-        if decision := read_decision(run, step):
-            promoted = int(decision["best"])
-    if values:
-        run.point("latest", max(values))
-        highest = max(values, key=lambda number: values[number])
-        run.point("best", highest if not chosen.gate else promoted or BASE)
+    """`latest` and `best` of the run, as `status.standing` has them."""
+    if found := standing(run, chosen):
+        run.point("latest", found.latest)
+        run.point("best", found.best)
 
 
 def environment() -> dict[str, str]:

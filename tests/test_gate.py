@@ -110,7 +110,7 @@ def test_patience_ends_the_run_and_more_rounds_do_not_begin(gated, monkeypatch):
     result = ran("gate.patience=2", rounds=4)
     assert not Path("runs/run/iter-003").exists()
     assert told(2)["stop"]
-    assert "the run stops" in told(2)["reasons"][-1]
+    assert "gate.patience ends here" in told(2)["reasons"][-1]
     assert json.loads(selfimprove("status", "run", "--json").out)["state"] == "done"
     again = ran("gate.patience=2", rounds=4)
     assert "nothing to do" in again.err

@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
 ORDER = 4  # longest n-gram of BLEU
 NO_MATCH = 0.1  # counted for an n-gram order without a match: smoothing method 1 of Chen and Cherry (2014), as in NLTK
-BIGRAMS = 20_000  # looked at per collection, at most,
-BLEU_TEXTS = 300  # and texts,
-BYTES = 1 << 20  # and bytes
+TEXTS = 1000  # of a collection that `compare` looks at, at most,
+WORDS = 30_000  # of them together, after which no further text is looked at;
+BLEU_TEXTS = 300  # of these for self-BLEU,
+BIGRAMS = 20_000  # and for the distinct share
 FEWEST = 50  # bigrams; of fewer a share says nothing
 
 
 class Diversity(NamedTuple):
     """What `compare` finds of a collection of texts; None where there is too little to look at."""
 
-    texts: int
+    texts: int  # looked at
     distinct: float | None  # distinct share of the word bigrams
     self_bleu: float | None  # mean BLEU-4 of a text against the others: 1 where all are the same
     compression: float | None  # bytes before / bytes after: higher is more alike
@@ -37,20 +38,20 @@ class Diversity(NamedTuple):
 
 
 def compare(collections: Sequence[Sequence[str]], seed: int = 0) -> list[Diversity]:
-    """Measure collections of texts by equally much of each: as much as the smallest one has.
+    """Measure collections of texts by equally much of each: as much as the smallest one has, of a sample.
 
     Distinct bigrams are rarefied to the smallest number of bigrams (see `distinct`), self-BLEU takes as many texts, and
     the compression as many bytes of the texts in random order. A collection of fewer than 50 bigrams has no distinct
     share and shortens nobody else's.
     """
-    shuffled = [random.Random(seed).sample(texts, len(texts)) for texts in collections]
+    shuffled = [_sample(texts, random.Random(seed)) for texts in collections]
     worded = [[words for text in texts if (words := text.split())] for texts in shuffled]
     counts = [Counter(gram for words in texts for gram in ngrams(words, 2)) for texts in worded]
     totals = [count.total() for count in counts]
-    joined = [_joined(texts) for texts in shuffled]
+    joined = ["\n".join(texts).encode("utf-8", errors="replace") for texts in shuffled]
     bigrams = min([BIGRAMS, *(total for total in totals if total >= FEWEST)])
     number = min([BLEU_TEXTS, *(len(texts) for texts in worded if len(texts) > 1)])
-    size = min([BYTES, *(len(data) for data in joined if data)])
+    size = min([len(data) for data in joined if data], default=0)
     return [
         Diversity(
             texts=len(shuffled[i]),
@@ -61,6 +62,17 @@ def compare(collections: Sequence[Sequence[str]], seed: int = 0) -> list[Diversi
         )
         for i in range(len(shuffled))
     ]
+
+
+def _sample(texts: Sequence[str], rng: random.Random) -> list[str]:
+    """At most TEXTS of the texts in random order, until they have WORDS words."""
+    taken, words = [], 0
+    for text in rng.sample(texts, min(TEXTS, len(texts))):
+        taken.append(text)
+        words += len(text.split())
+        if words >= WORDS:
+            break
+    return taken
 
 
 def distinct(texts: Iterable[str], n: int = 2, size: int | None = None) -> float | None:
@@ -167,14 +179,3 @@ def mean_cosine(vectors: "np.ndarray[Any, np.dtype[Any]]") -> float | None:
         raise ValueError("a vector of length zero has no cosine")
     total = np.einsum("ij,i->j", vectors, 1 / lengths, dtype=float)
     return float((total @ total - n) / (n * (n - 1)))
-
-
-def _joined(texts: Sequence[str]) -> bytes:
-    """The texts one below the other, as far as they are looked at."""
-    parts, size = [], 0
-    for text in texts:
-        if size >= BYTES:
-            break
-        parts.append(text.encode("utf-8", errors="replace"))
-        size += len(parts[-1]) + 1
-    return b"\n".join(parts)

@@ -110,7 +110,7 @@ def _held(rule: Rule, first: float, now: float, known: Sequence[RoundFacts]) -> 
         case "over the first":
             return now / first if first > 0 else "the first value is not above zero"
         case "over the noise bound":
-            return rule.unknown if latest.noise_bound is None else now / latest.noise_bound
+            return now / latest.noise_bound if latest.noise_bound else rule.unknown
         case "over the base's entropy":
             entropy = known[0].surprise if known[0].iteration == 0 else None
             return now / entropy if entropy else NO_BASE

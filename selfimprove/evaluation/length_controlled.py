@@ -114,7 +114,9 @@ def length_controlled(rows: Rows, gamed: Gamed | None = None, c: float | None = 
         c: inverse strength of the L1 penalty; by 5-fold cross-validation otherwise.
 
     Raises:
-        ValueError: lengths that all differ by the same, no preference that can be read, or gamed rows without a gamma.
+        ValueError: lengths that all differ by the same, no preference that can be read (fewer than five, without a C),
+            or gamed rows without a gamma.
+        ArithmeticError: no optimum is found: a few separable rows with hardly a penalty.
     """
     x, p, weight = _design(rows, gamed, np.ones((1, len(rows.p))))
     if c is None:
@@ -146,7 +148,13 @@ def bootstrap(rows: Rows, gamed: Gamed | None, c: float, resamples: int = 1000, 
 
 
 def cross_validated(x: Array, p: Array, weight: Array) -> float:
-    """The C of `CS` with the least log-loss over five folds; rows go to folds in turn, gamed rows first."""
+    """The C of `CS` with the least log-loss over five folds; rows go to folds in turn, gamed rows first.
+
+    Raises:
+        ValueError: fewer rows than folds.
+    """
+    if len(p) < FOLDS:
+        raise ValueError(f"cross-validation needs {FOLDS} rows")
     fold = np.arange(len(p)) % FOLDS
     kept = np.stack([weight * (fold != held) for held in range(FOLDS)])
     left = np.stack([(fold == held) / (fold == held).sum() * weight for held in range(FOLDS)])

@@ -11,6 +11,7 @@ from rich.text import Text
 from selfimprove.auditing import Audited, Group
 from selfimprove.judges.audit import CLASSES, UNREADABLE, Agreement, PairAudit, Rate
 from selfimprove.judges.audit_scores import ScoreAudit
+from selfimprove.report.escape import line
 
 LEGEND = (
     "right, swap: as people say, in either order; both: in both; kappa: with people; same: both orders agree; "
@@ -27,7 +28,7 @@ def show(found: Audited, console: Console) -> None:
     if found.scores is not None:
         console.print(_scores_table(found.scores))
     for reason, number in found.reasons.items():
-        console.print(f"unknown: {reason}: {number}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"unknown: {line(reason)}: {number}", highlight=False, markup=False, soft_wrap=True)
 
 
 def groups_table(groups: Sequence[Group]) -> Table:
@@ -39,9 +40,7 @@ def groups_table(groups: Sequence[Group]) -> Table:
     for group in groups:
         pairs = group.pairs
         table.add_row(
-            Text(
-                "/".join(filter(None, (group.subset, group.judge, group.strategy)))
-            ),  # names from a file are no markup
+            Text(line("/".join(filter(None, (group.subset, group.judge, group.strategy))))),  # from a file: no markup
             str(pairs.n),
             _value(pairs.forward and pairs.forward.accuracy),
             _value(pairs.swapped and pairs.swapped.accuracy),
@@ -123,7 +122,7 @@ def _scores_table(scores: ScoreAudit) -> Table:
 
 
 def _figures(title: str) -> Table:
-    table = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
+    table = Table(title=Text(line(title)), box=box.SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("95 %", no_wrap=True)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from selfimprove import plan, status
 from selfimprove.errors import UserError
 from selfimprove.recipe import Recipe
+from selfimprove.report.escape import line
 from selfimprove.store import Manifest, Run, read_manifest
 
 HIDDEN = ("prompt_token_ids", "token_ids", "logprobs", "chosen_token_ids", "rejected_token_ids")  # long and unreadable
@@ -50,15 +51,16 @@ def show(looked: dict[str, Any], console: Console) -> None:
         console.print(terminal.evaluations(looked))
         return
     for stage in looked["stages"]:
-        console.print(f"[bold]{stage['stage']}[/]  key {stage['key'][:12]}, {stage['seconds']} s, {stage['finished']}")
+        about = f"  key {stage['key'][:12]}, {stage['seconds']} s, {stage['finished']}"
+        console.print(Text.assemble((stage["stage"], "bold"), line(about)))
         for heading in ("rows", "metrics", "section"):
             console.print(f"  {heading}: {_plain(stage[heading])}", markup=False, highlight=False)
-        console.print(f"  files: {', '.join(stage['files'])}", markup=False, highlight=False)
+        console.print(f"  files: {line(', '.join(stage['files']))}", markup=False, highlight=False)
         for kind, rows in stage["samples"].items():
-            console.print(f"  [bold]{kind}[/]")
+            console.print(Text(f"  {line(kind)}", "bold"))
             for row in rows:
                 for field, value in row.items():
-                    console.print(f"    [dim]{field}[/]: {escape(_plain(value))}", highlight=False)
+                    console.print(Text.assemble((f"    {line(field)}: ", "dim"), _plain(value)))
                 console.print()
 
 
@@ -96,5 +98,4 @@ def _called(name: str, wanted: str) -> bool:
 
 
 def _plain(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -213,11 +213,11 @@ def _table(pairs: Mapping[str, tuple[Mapping[int, Measured], Mapping[int, Measur
             )
             if told is None:
                 continue
-            difference, low, high, p, test, n = told.comparison
+            difference, low, high, p, test, n, mde = told.comparison
             found.append(
                 {
                     "arm": name, "mode": mode, "difference": difference, "ci95": [low, high], "p": p, "test": test,
-                    "n": n, "per_seed": told.per_seed, "same_sign": told.same_sign,
+                    "n": n, "mde": mde, "per_seed": told.per_seed, "same_sign": told.same_sign,
                     "excludes_zero": not low <= 0 <= high,
                 }
             )  # fmt: skip

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfimprove.plan import BASE, Examined, Step
+from selfimprove.report.escape import line
 from selfimprove.store import Manifest
 from selfimprove.study import Ended, Planned
 
@@ -31,7 +32,7 @@ class Watcher:
         self._tasks: dict[str, Any] = {}
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -62,6 +63,7 @@ class Watcher:
     def progress(self, what: str, done: int, total: int) -> None:
         """See run.Display; what stands in parentheses, as a cost, changes on the way."""
         now = time.monotonic()
+        what = line(what)
         name = what.partition(" (")[0]  # what follows changes as it goes on: the cost so far
         first, had = self._first.setdefault(name, (now, done))  # what an earlier process did is no speed of this one
         rate = f"{(done - had) / (now - first):.0f}/s" if now - first > 0.5 else ""
@@ -75,8 +77,8 @@ class Watcher:
         elif now - self._said.get(name, first) > 10 and done < total:
             self._said[name] = now
             left = (now - first) * (total - done) / max(1, done - had)
-            line = f"  {self._where} {what}: {done}/{total} {rate}, {left:.0f} s left"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            told = f"  {self._where} {what}: {done}/{total} {rate}, {left:.0f} s left"
+            self.console.print(told, highlight=False, markup=False, soft_wrap=True)
 
     def stopping(self) -> None:
         """See run.Display."""
@@ -85,17 +87,17 @@ class Watcher:
     def finished(self, step: Step, manifest: Manifest, scores: dict[str, Any] | None) -> None:
         """See run.Display."""
         rows = manifest.rows
-        dropped = ", ".join(f"{count} {reason}" for reason, count in rows.quarantined.items())
-        line = Text()
-        line.append(f"{_iteration(step.iteration):<13}", style="bold")
-        line.append(f"{step.name:<20}")
-        line.append(f"{rows.rows_out:>6} of {rows.rows_in:<6} {rows.unit + 's':<14}{manifest.seconds:>7.1f} s")
+        dropped = ", ".join(f"{count} {line(reason)}" for reason, count in rows.quarantined.items())
+        told = Text()
+        told.append(f"{_iteration(step.iteration):<13}", style="bold")
+        told.append(f"{step.name:<20}")
+        told.append(f"{rows.rows_out:>6} of {rows.rows_in:<6} {rows.unit + 's':<14}{manifest.seconds:>7.1f} s")
         if dropped:
-            line.append(f"  ({dropped})", style="dim")
+            told.append(f"  ({dropped})", style="dim")
         if scores:
             self.score = ", ".join(f"{mode} {s['value']:.3f}" for mode, s in scores["scores"].items())
-            line.append(f"  {self.score}", style="cyan")
-        self.console.print(line, soft_wrap=True)
+            told.append(f"  {self.score}", style="cyan")
+        self.console.print(told, soft_wrap=True)
 
 
 class StudyWatcher:
@@ -109,7 +111,7 @@ class StudyWatcher:
         self._bar = Progress(
             SpinnerColumn(),
             BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -138,8 +140,8 @@ class StudyWatcher:
         self._shares.pop(one.name, None)
         self._over += 1
         scores = ", ".join(f"{mode} {value:.3f}" for mode, value in how.scores.items())
-        line = f"[{self._over}/{self._total}] {one.name}: {how.state}, {how.seconds:.0f} s  {scores or how.error}"
-        self.console.print(f"{line}  {self._left()}".rstrip(), highlight=False, markup=False, soft_wrap=True)
+        told = f"[{self._over}/{self._total}] {one.name}: {how.state}, {how.seconds:.0f} s  {scores or line(how.error)}"
+        self.console.print(f"{told}  {self._left()}".rstrip(), highlight=False, markup=False, soft_wrap=True)
         self._draw()
 
     def stopping(self) -> None:
@@ -174,7 +176,7 @@ def evaluations(summary: dict[str, Any]) -> Group:
 def iterations_table(summary: dict[str, Any]) -> Table:
     """One row an iteration: held-out accuracy with its 95 % interval, and the change against the base."""
     table = Table(
-        title=f"run {summary['run']} (recipe {summary['recipe']}): {summary['state']}",
+        title=Text(line(f"run {summary['run']} (recipe {summary['recipe']}): {summary['state']}")),
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
@@ -237,7 +239,7 @@ def plan_table(examined: list[Examined]) -> Table:
     for heading in ("iteration", "stage", "plan", "why"):
         table.add_column(heading)
     for one in examined:
-        table.add_row(_iteration(one.step.iteration), one.step.name, one.status, one.reason)
+        table.add_row(_iteration(one.step.iteration), one.step.name, one.status, Text(line(one.reason)))
     return table
 
 

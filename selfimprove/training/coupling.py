@@ -5,6 +5,7 @@ whole step's batch in a fixed order, so it gives the same whatever the micro-bat
 `dump` and `load` go through JSON and are exact to the bit: a resumed run draws what the uninterrupted one would have.
 """
 
+import functools
 import math
 import random
 from collections import deque
@@ -97,6 +98,9 @@ class State(Protocol):
     def before(self, q: Quantities) -> Quantities:
         """Take a step's whole batch in and fill the fields of `q` that the loss looks at."""
 
+    def shown(self) -> dict[str, float]:
+        """What metrics.jsonl says of the last step; looked at by nobody else."""
+
     def dump(self) -> dict[str, Any]:
         """The state as JSON-able values."""
 
@@ -165,10 +169,14 @@ class GammaWindow:
     Args:
         seed: of the draws.
         gaps: the scaled reward gap of each pair, as the loss takes it.
+        margins: `gamma_margins` with the loss's parameters, to show them.
     """
 
-    def __init__(self, seed: int, gaps: Callable[[Quantities], Tensor]) -> None:
-        self.gaps = gaps
+    def __init__(
+        self, seed: int, gaps: Callable[[Quantities], Tensor], margins: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self.gaps, self.margins = gaps, margins
+        self._shown: dict[str, float] = {}
         self.rng = random.Random(seed)
         self.queue = deque((self.rng.gauss(0.0, 1.0) for _ in range(FIRST_DRAWS)), maxlen=QUEUE)
 
@@ -178,7 +186,14 @@ class GammaWindow:
         room = max(0, WINDOW - len(gaps))
         drawn = self.rng.sample(list(self.queue), min(len(self.queue), room))
         self.queue.extend(gaps.tolist())
-        return q._replace(other_gaps=torch.tensor(drawn, dtype=gaps.dtype, device=gaps.device))
+        others = torch.tensor(drawn, dtype=gaps.dtype, device=gaps.device)
+        margins = self.margins(gaps, others)
+        self._shown = {"gamma/mean": margins.mean().item(), "gamma/sd": margins.std(correction=0).item()}
+        return q._replace(other_gaps=others)
+
+    def shown(self) -> dict[str, float]:
+        """Mean and spread of the batch's target margins."""
+        return self._shown
 
     def dump(self) -> dict[str, Any]:
         """For JSON."""
@@ -192,12 +207,16 @@ class GammaWindow:
 
 def gamma_simpo_window(seed: int, p: Mapping[str, Any]) -> State:
     """The state of `gamma_simpo` with parameters `p`."""
-    return GammaWindow(seed, lambda q: p["beta"] * q.margin_per_token())
+    return GammaWindow(seed, lambda q: p["beta"] * q.margin_per_token(), _margins(p))
 
 
 def gamma_dpo_window(seed: int, p: Mapping[str, Any]) -> State:
     """The state of `gamma_dpo` with parameters `p`."""
-    return GammaWindow(seed, lambda q: _dpo_gaps(q, p["beta"], p["length_norm"]))
+    return GammaWindow(seed, lambda q: _dpo_gaps(q, p["beta"], p["length_norm"]), _margins(p))
+
+
+def _margins(p: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    return functools.partial(gamma_margins, gamma=p["gamma"], tau=p["tau"], steps=p["steps"])
 
 
 def beta_dpo(
@@ -253,6 +272,10 @@ class BetaSelection:
         keys = [-(((gap - self.mean) / width) ** 2) / 2 + _gumbel(self.rng) for gap in gaps]
         return sorted(range(len(gaps)), key=keys.__getitem__, reverse=True)[:kept]
 
+    def shown(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def dump(self) -> dict[str, Any]:
         """For JSON."""
         return {"mean": self.mean, "deviation": self.deviation, "rng": _rng_state(self.rng)}
@@ -295,6 +318,10 @@ class RunningReward:
         self.count += len(rewards)
         self.mean += (rewards.mean().item() - self.mean) * len(rewards) / self.count
         return q._replace(running_reward=rewards.new_tensor(self.mean).to(q.policy_chosen_logps.dtype))
+
+    def shown(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
 
     def dump(self) -> dict[str, Any]:
         """For JSON."""
@@ -354,6 +381,10 @@ class Mixed:
     def before(self, q: Quantities) -> Quantities:
         """Show the batch to each member's state."""
         return q._replace(members=tuple(q if state is None else state.before(q) for state in self.states))
+
+    def shown(self) -> dict[str, float]:
+        """What the members show."""
+        return {name: value for state in self.states if state for name, value in state.shown().items()}
 
     def dump(self) -> dict[str, Any]:
         """For JSON."""

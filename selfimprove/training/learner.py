@@ -346,6 +346,8 @@ class Learner:
         for reference in self.references:
             if isinstance(reference, Live):
                 reference.follow(self.scorer, self.steps_done)
+        if self.bound.state is not None:
+            extra |= self.bound.state.shown()
         return {"loss": loss.item(), "grad_norm": norm, "learning_rate": rate, **extra}
 
     def _agree(self, columns: Columns) -> None:

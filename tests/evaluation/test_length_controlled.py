@@ -111,6 +111,19 @@ def test_the_fit_is_the_optimum(seed, c):
     assert gradient[b != 0] == pytest.approx(-np.sign(b[b != 0]) / c, abs=1e-5)
 
 
+@pytest.mark.parametrize("c", [1e-3, 3.0, 1e4])
+@pytest.mark.parametrize("labels", ["length", "won", "lost"])
+def test_separable_rows_have_an_optimum(labels, c):
+    """The penalty alone holds the coefficients; resamples may have no spread of length at all."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        delta = rng.integers(-3000, 3000, 12) * (rng.random(12) < 0.7).astype(float)
+        p = {"length": (delta > 0).astype(float), "won": np.ones(12), "lost": np.zeros(12)}[labels]
+        rows = lc.Rows(delta, p, rng.normal(0, 1, 12))
+        found = lc.bootstrap(rows, None, c, 20, seed)
+        assert 0 <= found.low <= found.high <= 100
+
+
 def test_the_minimal_variant_takes_length_out():
     """Half of the prompts with longer answers that win for their length, half with shorter ones: even at one length."""
     rng = np.random.default_rng(3)
@@ -148,6 +161,8 @@ def test_what_cannot_be_fitted_is_told():
         lc.length_controlled(lc.Rows(np.arange(5.0), np.full(5, np.nan), None))
     with pytest.raises(ValueError, match="needs a preference"):
         lc.raw_win_rate(np.array([np.nan]))
+    with pytest.raises(ValueError, match="needs 5 rows"):
+        lc.length_controlled(lc.Rows(np.arange(4.0), np.full(4, 0.5), None))
     gamed = lc.Gamed(np.ones(2), np.ones(2), np.ones(2), 1)
     with pytest.raises(ValueError, match="gamma"):
         lc.length_controlled(lc.Rows(np.arange(5.0), np.full(5, 0.5), None), gamed)

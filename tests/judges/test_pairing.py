@@ -16,7 +16,6 @@ from selfimprove.judges.pairing import (
     gold_vs_generated,
     improver_vs_initial,
     kept,
-    repetition,
     shares_won,
     top_k,
 )
@@ -82,12 +81,6 @@ def test_synpo_prefers_the_best_rewrite_to_the_initial_answer():
     assert improver_vs_initial([first, loop], rng) == Dropped("repetitive")
     cut = judged("z", 1.0, "length", source="improver")
     assert improver_vs_initial([first, cut], rng) == Dropped("no score")
-
-
-def test_repetition_is_the_share_of_repeated_four_word_sequences():
-    assert repetition("one two three") == 0
-    assert repetition("a b c d e f g h") == 0
-    assert repetition("a b c d a b c d") == 1 - 4 / 5
 
 
 class TestDynamic:

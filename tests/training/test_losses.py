@@ -209,6 +209,21 @@ def test_the_window_is_the_batch_and_a_draw_of_past_gaps():
     assert len(state.dump()["queue"]) == 2048
 
 
+def test_the_window_shows_the_margins_that_the_loss_takes():
+    choice = {"name": "gamma_dpo", "beta": 0.3, "gamma": 1.5, "tau": 2.0, "label_smoothing": 0.0}
+    bound = _of(choice)
+    q = bound.state.before(_quantities())
+    gaps = 0.3 * q.log_ratio_per_token().detach()
+    taken = gaps + 1.5 + torch.log(torch.expm1(bound.function(q).detach()))  # from -log s(gap - (margin - gamma))
+    shown = bound.state.shown()
+    assert shown["gamma/mean"] == pytest.approx(taken.mean().item(), abs=1e-6)
+    assert shown["gamma/sd"] == pytest.approx(taken.std(correction=0).item(), abs=1e-6)
+    mixed = _of(choice | {"weight": 0.5}, {"name": "dpo", "weight": 0.5})
+    assert mixed.state.shown() == {}
+    mixed.state.before(_quantities())
+    assert mixed.state.shown().keys() == shown.keys()
+
+
 # beta-DPO and BCO
 
 

@@ -64,6 +64,8 @@ def test_the_token_budget_changes_nothing(tmp_path, pairs, preference):
     assert_same(whole, split, 2e-5)
     for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "split"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one.get("gamma/sd") == pytest.approx(other.get("gamma/sd"), abs=1e-5)
+    assert ("gamma/sd" in one) == (preference is GAMMA)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, pairs):

@@ -87,10 +87,10 @@ def score(
     }
     try:
         found = lc.length_controlled(rows, table and table.rows, c)
-    except ValueError as error:
+        spread = lc.bootstrap(rows, table and table.rows, found.c, resamples, seed)
+    except (ValueError, ArithmeticError) as error:  # too few rows, or separable ones with hardly a penalty
         notes.append(f"no length-controlled win rate: {error}")
         return result
-    spread = lc.bootstrap(rows, table and table.rows, found.c, resamples, seed)
     names = ("length", "difficulty", "model") if gamma is not None else ("length", "model")
     return result | {
         "lc_win_rate": found.win_rate,

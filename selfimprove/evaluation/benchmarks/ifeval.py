@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from selfimprove import constraints
 from selfimprove.errors import UserError
 from selfimprove.evaluation.benchmarks import fields
-from selfimprove.evaluation.statistics import clustered_error, proportion
+from selfimprove.evaluation.statistics import clustered_standard_error, proportion
 
 PROMPTS = "input_data.jsonl"  # its published name
 USED = ("key", "prompt", "response", "instruction_id_list", "kwargs")
@@ -67,9 +67,9 @@ def shares(verdicts: Sequence[list[bool]]) -> dict[str, Any]:
     """Of prompts whose instructions are all followed, and of instructions, each with its 95 % interval."""
     prompt = proportion([float(all(one)) for one in verdicts])
     flat = [float(followed) for one in verdicts for followed in one]
-    clusters = [number for number, one in enumerate(verdicts) for _ in one]
+    clusters = [str(number) for number, one in enumerate(verdicts) for _ in one]
     share = sum(flat) / len(flat)
-    error = clustered_error(flat, clusters)
+    error = clustered_standard_error(flat, clusters)
     return {
         "prompt": {"accuracy": prompt.value, "low": prompt.low, "high": prompt.high, "n": prompt.n},
         "instruction": {

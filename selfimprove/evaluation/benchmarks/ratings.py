@@ -13,7 +13,7 @@ from selfimprove import brackets
 from selfimprove.errors import UserError
 from selfimprove.evaluation.benchmarks import fields
 from selfimprove.evaluation.paired import paired_tests
-from selfimprove.evaluation.statistics import clustered_error
+from selfimprove.evaluation.statistics import clustered_standard_error
 
 Name = Literal["mt_bench", "arena_bench"]
 USED = ("question_id", "model", "judgment", "turn", "score")
@@ -97,7 +97,7 @@ def _mean(rated: Sequence[Rated]) -> dict[str, Any]:
     values = [one.read for one in rated if one.read is not None]
     if not values:
         return {"mean": None, "standard_error": None, "n": 0}
-    error = clustered_error(values, [one.question for one in rated]) if len(values) > 1 else None
+    error = clustered_standard_error(values, [one.question for one in rated]) if len(values) > 1 else None
     return {"mean": sum(values) / len(values), "standard_error": error, "n": len(values)}
 
 
