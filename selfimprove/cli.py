@@ -116,7 +116,7 @@ def _go(name: str, chosen: Any) -> None:
     except KeyboardInterrupt:
         talk.print(f"\nstopped; selfimprove resume {name} goes on after the last finished stage", highlight=False)
         raise typer.Exit(130) from None
-    Console().print(terminal.iterations_table(summary(found, chosen)))
+    Console().print(terminal.evaluations(summary(found, chosen)))
     if outcome.made:
         talk.print(f"{outcome.made} stages in {outcome.seconds:.0f} s, in {found.path}", highlight=False)
     else:
@@ -240,7 +240,7 @@ def status(run: RunName, as_json: AsJson = False) -> None:
 
     console = Console()
     console.print(terminal.stages_table(told))
-    console.print(terminal.iterations_table(told))
+    console.print(terminal.evaluations(told))
     if told["error"]:
         console.print(f"stopped by: {line(told['error'])}", highlight=False, markup=False)
 

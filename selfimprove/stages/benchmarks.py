@@ -88,9 +88,7 @@ def check(benchmark: recipe.Benchmark) -> None:
 def _check_harness(benchmark: recipe.Benchmark, where: str) -> None:
     for name in ("judge", "answers", "max_tokens"):
         if getattr(benchmark, name) is not None:
-            raise UserError(
-                f"{where}: its task says all, and there is no {name}", f"drop {name}; see docs/evaluation.md"
-            )
+            raise UserError(f"{where}: its task says all, and {name} is no part of it", f"drop {name}")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"{where} needs lm-evaluation-harness", "pip install 'selfimprove[lm-eval]'")
 
