@@ -15,7 +15,8 @@ from selfimprove.judges import Candidate, Opinion, Panel, audit, audit_scores
 from selfimprove.judges.audit import PairAudit, Row
 from selfimprove.judges.audit_scores import ScoreAudit, Scored
 from selfimprove.judges.labelled import LabelledPair, RecordedVerdict
-from selfimprove.judges.panel import RUN, SERVER, Models
+from selfimprove.judges.panel import RUN, Models
+from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
 from selfimprove.recipe import Choice, Recipe
 from selfimprove.store import model_identity, row_seed

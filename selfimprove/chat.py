@@ -1,7 +1,7 @@
 """From text to token ids and back, through the model's own chat template and never around it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,12 @@ class Chat:
         self.stop_token_ids = _end_tokens(model, int(self.tokenizer.eos_token_id))
         self._control = _control_strings(self.tokenizer)
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of one user turn up to where the assistant begins; exactly one BOS where the model has one."""
-        return self._render([Message(role="user", content=text)], add_generation_prompt=True)
+    def prompt_ids(self, text: str, earlier: Sequence[Message] = ()) -> list[int]:
+        """Token ids of a user turn up to where the assistant begins, after the turns before it.
+
+        There is exactly one BOS where the model has one.
+        """
+        return self._render([*earlier, Message(role="user", content=text)], add_generation_prompt=True)
 
     def completion_ids(self, prompt: str, completion: str) -> list[int]:
         """Token ids of the assistant's turn, end token included, as they continue `prompt_ids(prompt)`.

@@ -5,6 +5,7 @@ stdout is data, stderr is talk. Exit codes: 0 done, 1 user error, 2 usage, 3 the
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from selfimprove import __version__
+from selfimprove.cli_score import score
 from selfimprove.errors import UsageError, UserError
 
 RUNS = Path("runs")
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 demo = typer.Typer(help="The embedded default: its data and its base model.", no_args_is_help=True)
 app.add_typer(demo, name="demo")
+app.add_typer(score, name="score")
 
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in ./runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -113,7 +116,7 @@ def _go(name: str, chosen: Any) -> None:
     except KeyboardInterrupt:
         talk.print(f"\nstopped; selfimprove resume {name} goes on after the last finished stage", highlight=False)
         raise typer.Exit(130) from None
-    Console().print(terminal.iterations_table(summary(found, chosen)))
+    Console().print(terminal.evaluations(summary(found, chosen)))
     if outcome.made:
         talk.print(f"{outcome.made} stages in {outcome.seconds:.0f} s, in {found.path}", highlight=False)
     else:
@@ -237,7 +240,7 @@ def status(run: RunName, as_json: AsJson = False) -> None:
 
     console = Console()
     console.print(terminal.stages_table(told))
-    console.print(terminal.iterations_table(told))
+    console.print(terminal.evaluations(told))
     if told["error"]:
         console.print(f"stopped by: {line(told['error'])}", highlight=False, markup=False)
 
@@ -294,6 +297,94 @@ def report(
     path = out or found.path / "report.html"
     path.write_text(html.render(found, chosen), encoding="utf-8")
     print(path)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN_A RUN_B ...", help="Runs in ./runs; the others are held against RUN_A.")
+    ],
+    as_json: AsJson = False,
+    out: Annotated[
+        Optional[Path], typer.Option(metavar="FILE.html", help="Also write one self-contained HTML page.")
+    ] = None,
+) -> None:
+    """Runs side by side: recipes, scores, paired differences on the same held-out prompts, cost."""
+    if len(set(runs)) < 2 or len(set(runs)) < len(runs):
+        raise UsageError("compare needs two runs or more, each once", "selfimprove compare RUN_A RUN_B")
+    from selfimprove import comparison
+    from selfimprove.report import compare as drawing
+
+    told = comparison.compare([comparison.side(*_open(run)) for run in runs])
+    if out:
+        out.write_text(drawing.page(told), encoding="utf-8")
+        print(out, file=sys.stderr)
+    if as_json:
+        _json(told)
+        return
+    from rich.console import Console
+
+    drawing.show(told, Console())
+
+
+@app.command()
+def export(
+    run: RunName,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to make; it must not hold anything.")],
+    iteration: Annotated[Optional[int], typer.Option(min=1, help="Export this round.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Export the best round; the default.")] = False,
+    latest: Annotated[bool, typer.Option("--latest", help="Export the latest round.")] = False,
+    licence: Annotated[
+        Optional[str],
+        typer.Option("--license", metavar="ID", help="Licence in the cards, as apache-2.0; else unknown."),
+    ] = None,
+    push: Annotated[
+        Optional[str], typer.Option(metavar="REPO", help="Also push model and pairs to the Hugging Face hub, private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Push to public repositories.")] = False,
+) -> None:
+    """Write a round's model with its card, and the pairs it learned from with theirs, ready for the hub."""
+    if (iteration is not None) + best + latest > 1:
+        raise UsageError("--iteration, --best and --latest do not go together", "give one of them")
+    if public and not push:
+        raise UsageError("--public goes with --push", "selfimprove export RUN --out DIR --push OWNER/NAME --public")
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise UsageError(f"--license {licence}: no identifier of the hub's", "for example apache-2.0, cc-by-4.0, other")
+    from selfimprove import exporting, hub, release
+    from selfimprove.report import cards
+
+    found, chosen = _open(run)
+    target = exporting.check_target(found, out)
+    made = release.gather(found, chosen, *release.pick(found, chosen, iteration, latest), licence)
+    repo = hub.open_repo(push, public) if push else None
+    name = repo.name if repo else None
+    for left_out in exporting.write(made, target, cards.model(made, name), cards.dataset(made, name)):
+        print(f"left out: {left_out}", file=sys.stderr)
+    print(out)
+    if repo:
+        message = f"Round {made.iteration} of {run}"
+        for address in hub.push(
+            repo, target / exporting.MODEL, target / exporting.CARD, target / exporting.DATASET, message
+        ):
+            print(address)
+
+
+@app.command()
+def gate(run: RunName, as_json: AsJson = False) -> None:
+    """What the gate said of the latest round, and why; exit code 3 where it was not promoted."""
+    from selfimprove.stages.gate import PROMOTE
+    from selfimprove.status import last_decision
+
+    found, chosen = _open(run)
+    iteration, decision = last_decision(found, chosen)
+    if as_json:
+        _json({"run": run, "iteration": iteration, **decision})
+    else:
+        from selfimprove.report import decision as drawing
+
+        print(drawing.told(run, iteration, decision))
+    if decision["decision"] != PROMOTE:
+        raise typer.Exit(3)
 
 
 @app.command()

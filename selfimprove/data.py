@@ -17,6 +17,7 @@ SHIPPED = {
     "demo:seeds_bad_golds": DEMO / "data" / "seeds_bad_golds.jsonl",
     "demo:corpus": DEMO / "data" / "corpus.txt",
     "demo:heldout": DEMO / "data" / "heldout.jsonl",
+    "demo:selection": DEMO / "data" / "selection.jsonl",
 }
 
 STOP_WORDS = frozenset(
@@ -170,19 +171,19 @@ STOP_WORDS = frozenset(
 )
 
 
-def locate(name: str, what: str) -> Path:
-    """The file that a recipe's [data] entry names.
+def locate(name: str, what: str, section: str = "data") -> Path:
+    """The file that an entry of the recipe names, one of [data] where nothing else is said.
 
     Raises:
         UserError: no such file, or an unknown `demo:` name.
     """
     if name.startswith("demo:"):
         if name not in SHIPPED:
-            raise UserError(f"data.{what}: nothing is shipped as '{name}'", f"shipped: {', '.join(SHIPPED)}")
+            raise UserError(f"{section}.{what}: nothing is shipped as '{name}'", f"shipped: {', '.join(SHIPPED)}")
         return SHIPPED[name]
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"data.{what}: no file {path} in {Path.cwd()}", f"data.{what} of the recipe names it")
+        raise UserError(f"{section}.{what}: no file {path} in {Path.cwd()}", f"{section}.{what} of the recipe names it")
     return path.resolve()
 
 
@@ -200,11 +201,11 @@ def read_seeds(path: Path) -> list[Seed]:
     return _checked(rows, path)
 
 
-def read_heldout(path: Path) -> list[HeldOut]:
-    """Held-out prompts."""
+def read_heldout(path: Path, what: str = "heldout") -> list[HeldOut]:
+    """Held-out prompts; those without an id are named by `what` and their number."""
     rows = [
         HeldOut(
-            _text(row, "id", where, f"heldout-{i:05d}"),
+            _text(row, "id", where, f"{what}-{i:05d}"),
             _text(row, "prompt", where),
             _text(row, "answer", where) if "answer" in row else None,
         )

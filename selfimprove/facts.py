@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfimprove import plan, recipe
-from selfimprove.evaluation import diversity
+from selfimprove.evaluation import diversity, splits
 from selfimprove.evaluation.round_facts import RoundFacts
 from selfimprove.stages import evaluate, generate, label, synthesize, train
 from selfimprove.store import Manifest, Run, missing_outputs, read_manifest
@@ -195,7 +195,7 @@ def _evaluated(directory: Path, manifest: Manifest, section: recipe.Evaluate) ->
                     logps.setdefault(prompt_id, []).append((own, initial))
     exact = section.temperature == 1.0  # at another one the answers are not the policy's own
     return {
-        "answer_tokens": tokens / rows if tokens else manifest.metrics.get(f"{evaluate.SAMPLED} mean tokens"),
+        "answer_tokens": tokens / rows if tokens else manifest.metrics.get(f"{splits.SAMPLED} mean tokens"),
         "truncated_share": cut / rows if rows else None,
         "kl": _mean([_mean([a - b for a, b in of]) or 0.0 for of in logps.values()]) if exact else None,
         "surprise": _mean([_mean([-b for _, b in of]) or 0.0 for of in logps.values()]) if exact else None,
@@ -207,7 +207,7 @@ def _sampled(directory: Path, columns: Sequence[str]) -> Iterator["pa.RecordBatc
     import pyarrow.compute as pc
 
     for batch in _columns(directory, "samples", ["mode", "split", *columns]):
-        kept = batch.filter(pc.equal(batch["mode"], evaluate.SAMPLED))
+        kept = batch.filter(pc.equal(batch["mode"], splits.SAMPLED))
         yield kept.filter(pc.equal(kept["split"], "report")) if "split" in kept.schema.names else kept
 
 

@@ -3,15 +3,17 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from selfimprove import chat, data
+from selfimprove import chat, data, judges
 from selfimprove.errors import UserError
+from selfimprove.evaluation import lm_harness
 from selfimprove.models import locate_model
-from selfimprove.recipe import Recipe, Section
-from selfimprove.stages import control, discriminate, evaluate, generate, improve, label, sft, synthesize, train
+from selfimprove.recipe import Choice, Evaluate, Recipe, Section
+from selfimprove.stages import control, discriminate, evaluate, gate, generate, improve, label, sft, synthesize, train
 from selfimprove.store import (
     SCHEMA,
     Manifest,
@@ -20,6 +22,7 @@ from selfimprove.store import (
     key_of,
     missing_outputs,
     model_files,
+    read_json,
     read_manifest,
     sha256,
     write_atomically,
@@ -36,7 +39,8 @@ INITIAL = "initial"  # the source name of the model a run starts from
 class Step(NamedTuple):
     """One stage of one iteration.
 
-    Sources are `file:NAME`, `model:NAME`, `initial`, or `iter-001/1-synthesize[/SUBDIRECTORY]`.
+    Sources are `file:NAME`, `model:NAME`, `initial`, `iter-001/1-synthesize[/SUBDIRECTORY]`, or what a gate decided:
+    `next:iter-001/6-gate`, the policy that the next round starts with, and `best:...`, the best evaluation so far.
     """
 
     iteration: int
@@ -63,23 +67,37 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         return f"iter-{iteration:03d}/{place[stage]}{inside}"
 
     base = f"iter-{BASE:03d}/1-evaluate"
-    measured = {"heldout": heldout}
-    yield Step(BASE, "1-evaluate", evaluate, recipe.evaluate, measured, {"policy": INITIAL}, True)
+    held_out = {"heldout": heldout} | ({"selection": "file:selection"} if recipe.data.selection else {})
+    files = {name: f"file:{name}" for benchmark in recipe.evaluate.benchmarks or [] for name in benchmark.files}
+    benchmarks = {name: source for name, source in files.items() if name.startswith("benchmark:")}
+    measured = held_out | files
+    asking = {  # by judges of benchmarks; "initial" is one and the same in all evaluations
+        name: INITIAL if name == INITIAL else f"model:{name}" for name in evaluate.models(recipe.evaluate)
+    }
+
+    def evaluation(iteration: int, name: str, policy: str, compared: dict[str, str], m0: str | None = None) -> Step:
+        models = {"policy": policy} | asking | ({evaluate.M0: m0} if m0 else {})
+        servers = evaluate.servers(recipe.evaluate)
+        return Step(iteration, name, evaluate, recipe.evaluate, measured | compared, models, True, servers)
+
+    yield evaluation(BASE, "1-evaluate", INITIAL, {})
     if recipe.control:
         tuned = f"iter-{BASE:03d}/2-control/{control.POLICY}"
         yield Step(BASE, "2-control", control, recipe.control, {"seeds": seeds}, {"initial": INITIAL}, False)
-        yield Step(
-            BASE, CONTROL_EVALUATE, evaluate, recipe.evaluate, measured | {"base": base}, {"policy": tuned}, True
-        )
+        yield evaluation(BASE, CONTROL_EVALUATE, tuned, {"base": base})
 
     start, before = INITIAL, base  # what round 1 starts from, and its scores
     if recipe.sft:
         start, before = f"iter-{BASE:03d}/4-sft/{sft.POLICY}", f"iter-{BASE:03d}/{SFT_EVALUATE}"
         yield Step(BASE, "4-sft", sft, recipe.sft, {"seeds": seeds}, {"initial": INITIAL}, recipe.sft.ratings)
-        yield Step(BASE, SFT_EVALUATE, evaluate, recipe.evaluate, measured | {"base": base}, {"policy": start}, True)
+        yield evaluation(BASE, SFT_EVALUATE, start, {"base": base})
 
     def policy(iteration: int, which: str = train.POLICY) -> str:
-        return at(iteration, "train", f"/{which}") if iteration > BASE else start
+        if iteration == BASE:
+            return start
+        if recipe.gate and which == train.POLICY:
+            return f"next:{at(iteration, 'gate')}"
+        return at(iteration, "train", f"/{which}")
 
     for t in range(1, recipe.rounds + 1):
         now = recipe.at(t)
@@ -90,7 +108,8 @@ def steps(recipe: Recipe) -> Iterator[Step]:
             generator = {synthesize.GENERATOR: at(1, "synthesize", f"/{synthesize.GENERATOR}")} if t > 1 else {}
             yield Step(
                 t, place["synthesize"], synthesize, now.synthesize,
-                {"seeds": seeds, "corpus": corpus, "heldout": heldout, **earlier}, {"initial": initial, **generator},
+                {"seeds": seeds, "corpus": corpus, **held_out, **benchmarks, **earlier},
+                {"initial": initial, **generator},
                 True,
             )  # fmt: skip
             prompts = {"prompts": at(t, "synthesize")}
@@ -146,7 +165,12 @@ def steps(recipe: Recipe) -> Iterator[Step]:
         compared = {"base": base, "previous": at(t - 1, "evaluate") if t > 1 else before}
         if compared["previous"] == base:
             del compared["previous"]
-        yield Step(t, place["evaluate"], evaluate, now.evaluate, measured | compared, {"policy": policy(t)}, True)
+        trained_policy = at(t, "train", f"/{train.POLICY}")
+        yield evaluation(t, place["evaluate"], trained_policy, compared, start)
+        if now.gate:
+            last = {"last": at(t - 1, "gate")} if t > 1 else {}
+            judged = {"evaluation": at(t, "evaluate"), "best": f"best:{last['last']}" if last else before, "base": base}
+            yield Step(t, place["gate"], gate, now.gate, judged | last, {"trained": trained_policy}, False)
 
 
 class Examined(NamedTuple):
@@ -169,26 +193,68 @@ class Sources:
             "seeds": recipe.data.seeds,
             "corpus": recipe.data.corpus,
             "heldout": recipe.data.heldout,
+            "selection": recipe.data.selection or "",
+            **{name: path for one in recipe.evaluate.benchmarks or [] for name, path in one.files.items()},
         }
         self._digests: dict[str, str] = {}
 
+    def resolve(self, source: str) -> str | None:
+        """What a gate has decided in the place of `next:` and `best:`; None while it has not."""
+        which, _, directory = source.partition(":")
+        if which not in ("next", "best"):
+            return source
+        if read_manifest(self.run.path / directory) is None:
+            return None
+        told = read_json(self.run.path / directory / gate.FILE)
+        iteration = told["goes_on_from"] if which == "next" else told["best"]
+        return (self._policies if which == "next" else self._evaluations)[iteration]
+
+    @cached_property
+    def _policies(self) -> dict[int, str]:
+        """What each round's evaluation evaluated; of the base, what round 1 starts with."""
+        return {s.iteration: s.models["policy"] for s in self._evaluated}
+
+    @cached_property
+    def _evaluations(self) -> dict[int, str]:
+        return {step.iteration: step.directory for step in self._evaluated}
+
+    @cached_property
+    def _evaluated(self) -> list[Step]:
+        return [s for s in steps(self.recipe) if s.stage is evaluate and s.name != CONTROL_EVALUATE]
+
     def path(self, source: str) -> Path:
-        """The file or directory of a source."""
+        """The file or directory of a source.
+
+        Raises:
+            RuntimeError: a gate has not decided on it yet.
+        """
+        resolved = self.resolve(source)
+        if resolved is None:
+            raise RuntimeError(f"{source} is not decided")
+        source = resolved
         if source == INITIAL:
             return locate_model(self.recipe.model.path, self.run.about().get("revision"))
         if source.startswith("model:"):
             return locate_model(source.removeprefix("model:"))
         if source.startswith("file:"):
             name = source.removeprefix("file:")
+            if ":" in name:
+                what, *_, benchmark = name.split(":")
+                key = f"{benchmark}.{'answers' if what == 'answers' else 'path'}"
+                return data.locate(self._files[name], key, "evaluate.benchmarks")
             return data.locate(self._files[name], name)
         return self.run.path / source
 
     def digest(self, source: str) -> str | None:
-        """Content hash of a source; None while it is not published, or when it is gone."""
+        """Content hash of a source; None while it is not published or decided, or when it is gone."""
+        resolved = self.resolve(source)
+        if resolved is None:
+            return None
+        source = resolved
         if source == INITIAL or source.startswith(("file:", "model:")):
             if source not in self._digests:
                 try:
-                    self._digests[source] = remembered_digest(self.run, self.path(source))
+                    self._digests[source] = self._content(source)
                 except UserError:
                     return None
             return self._digests[source]
@@ -202,6 +268,13 @@ class Sources:
             o.path.removeprefix(f"{inside[0]}/"): o.sha256 for o in manifest.outputs if o.path.startswith(inside[0])
         }
         return key_of({name: files[name] for name in files if is_model_file(name)})  # = model_identity of the directory
+
+    def _content(self, source: str) -> str:
+        """Content hash of what is outside the run; of a task of lm-evaluation-harness with all files it is made of."""
+        path = self.path(source)
+        if not source.startswith("file:benchmark:lm_eval:"):
+            return remembered_digest(self.run, path)
+        return key_of({str(i): remembered_digest(self.run, one) for i, one in enumerate(lm_harness.task(path).files)})
 
 
 def examine(run: Run, recipe: Recipe) -> list[Examined]:
@@ -229,12 +302,20 @@ def examine(run: Run, recipe: Recipe) -> list[Examined]:
         if status != "done":
             waiting.add(step.directory)
         found.append(Examined(step, status, reason, ingredients, manifest))  # type: ignore[arg-type]
+        if status == "done" and stops(run, step):
+            break
     return found
+
+
+def stops(run: Run, step: Step) -> bool:
+    """Whether a gate that is published ends the run."""
+    return step.stage is gate and bool(read_json(run.path / step.directory / gate.FILE)["stop"])
 
 
 def upstream(step: Step) -> set[str]:
     """The directories of the artifacts that a step reads."""
-    return {"/".join(source.split("/")[:2]) for source in [*step.inputs.values(), *step.models.values()]}
+    sources = [*step.inputs.values(), *step.models.values()]
+    return {"/".join(source.removeprefix("next:").removeprefix("best:").split("/")[:2]) for source in sources}
 
 
 def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, Any] | None:
@@ -243,18 +324,49 @@ def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, An
     models = {name: sources.digest(source) for name, source in step.models.items()}
     if None in inputs.values() or None in models.values():
         return None
+    files = {
+        name: sha256(path) if path.is_file() else "missing"
+        for choice in _choices(step.section)
+        for name, path in judges.files(choice).items()
+    }
+    templates = dict.fromkeys([*step.stage.TEMPLATES, *_templates(step.section)])
+    optional = {"servers": {name: recipe.servers[name].identity for name in step.servers}, "files": files}
     return {
         "schema": SCHEMA,
         "stage": step.name,
         "version": step.stage.VERSION,
         "iteration": step.iteration,
         "seed": recipe.seed,
-        "section": step.section.model_dump(exclude_none=True),
+        "section": _told(step.section),
         "engine": recipe.engine.model_dump() if step.samples else {},
-        "templates": {name: sha256(chat.template_path(name)) for name in step.stage.TEMPLATES},
+        "templates": {name: sha256(chat.template_path(name)) for name in templates},
         "inputs": inputs,
         "models": models,
-    } | ({"servers": {name: recipe.servers[name].identity for name in step.servers}} if step.servers else {})
+    } | {name: what for name, what in optional.items() if what}
+
+
+def _told(section: Section) -> dict[str, Any]:
+    """A section as keys have it: files of benchmarks enter by their content, not by their places."""
+    table = section.model_dump(exclude_none=True)
+    for benchmark in table.get("benchmarks", []):
+        benchmark.pop("path")
+        benchmark.pop("answers", None)
+    return table
+
+
+def _templates(section: Section) -> list[str]:
+    """The prompt templates that a section's judges and benchmarks read."""
+    found = [name for choice in _choices(section) for name in judges.templates(choice)]
+    return found + (evaluate.templates(section) if isinstance(section, Evaluate) else [])
+
+
+def _choices(section: Section) -> Iterator[Choice]:
+    for _, value in section:
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Choice):
+                yield one
+            elif isinstance(one, Section):
+                yield from _choices(one)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """Whatever can be known to be wrong before a model is loaded; and a rehearsal with the model, on the CPU."""
 
 import inspect
+import itertools
 import json
 import os
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any, NamedTuple
 from selfimprove import chat, data, judges
 from selfimprove.engine import checkpoints
 from selfimprove.errors import UserError
-from selfimprove.judges.panel import RUN, SERVER
+from selfimprove.judges.panel import RUN
+from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
-from selfimprove.recipe import Choice, Recipe, Train
+from selfimprove.recipe import Benchmark, Choice, Recipe, Train
 from selfimprove.stages import discriminate, evaluate, label, train
 from selfimprove.training.job import PairRow
 
@@ -22,10 +24,11 @@ def check(chosen: Recipe) -> None:
     Raises:
         UserError: a missing file, an unknown judge, rule or loss, a model directory that cannot serve.
     """
-    for name in ("seeds", "heldout", *(["corpus"] if chosen.synthesize else [])):
-        path = data.locate(getattr(chosen.data, name), name)
-        {"seeds": data.read_seeds, "heldout": data.read_heldout, "corpus": data.read_paragraphs}[name](path)
     evaluate.check(chosen.evaluate)
+    apart(chosen)
+    measurable(chosen)
+    if chosen.synthesize:
+        data.read_paragraphs(data.locate(chosen.data.corpus, "corpus"))
     rounds = [chosen.at(iteration) for iteration in range(1, chosen.rounds + 1)]
     for iteration, now in enumerate(rounds, 1):
         if iteration == 1 or now != rounds[iteration - 2]:
@@ -62,13 +65,73 @@ def check(chosen: Recipe) -> None:
                 f"seed '{seed.prompt_id}' has {length} tokens, engine.max_model_len is {chosen.engine.max_model_len}",
                 "shorten or remove the seed, or raise engine.max_model_len",
             )
-    heldout = {data.fold(row.prompt) for row in data.read_heldout(data.locate(chosen.data.heldout, "heldout"))}
-    shared = [seed for seed in seeds if data.fold(seed.prompt) in heldout]
-    if shared:
-        raise UserError(
-            f"{len(shared)} prompts of data.seeds stand in data.heldout too, the first is '{shared[0].prompt_id}'",
-            "remove them from one of the files: what is trained on cannot be held out",
-        )
+
+
+def apart(chosen: Recipe) -> None:
+    """Whether no prompt stands in two of what is trained on, what the gate looks at, and what is reported.
+
+    Reported are the held-out prompts and the benchmarks, which may share what they like.
+
+    Raises:
+        UserError: one does.
+    """
+    from selfimprove.evaluation import kinds
+
+    seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
+    trained = {"data.seeds": [(seed.prompt_id, seed.prompt) for seed in seeds]}
+    reported = {"data.heldout": _held_out(chosen.data.heldout, "heldout")}
+    looked_at = {"data.selection": _held_out(chosen.data.selection, "selection")} if chosen.data.selection else {}
+    for benchmark in chosen.evaluate.benchmarks or []:
+        name = f"evaluate.benchmarks.{benchmark.name}"
+        reported[name] = kinds.held_out({next(iter(benchmark.files)): _located(benchmark)[0]})
+    why = "what is trained on cannot be held out", "what the gate looks at cannot be what is reported"
+    for ours, theirs, reason in [
+        (trained, reported | looked_at, why[0]),
+        (looked_at, reported, why[1]),
+    ]:
+        for (one, prompts), (other, others) in itertools.product(ours.items(), theirs.items()):
+            folded = {data.fold(prompt) for _, prompt in others}
+            if shared := [prompt_id for prompt_id, prompt in prompts if data.fold(prompt) in folded]:
+                raise UserError(
+                    f"{len(shared)} prompts of {one} stand in {other} too, the first is '{shared[0]}'",
+                    f"remove them from one of the files: {reason}",
+                )
+
+
+def _held_out(path: str, what: str) -> list[tuple[str, str]]:
+    return [(row.prompt_id, row.prompt) for row in data.read_heldout(data.locate(path, what), what)]
+
+
+def _located(benchmark: Benchmark) -> list[Path]:
+    """Its files, that of the prompts first."""
+    given = {"path": benchmark.path, "answers": benchmark.answers}
+    return [data.locate(path, f"{benchmark.name}.{key}", "evaluate.benchmarks") for key, path in given.items() if path]
+
+
+def measurable(chosen: Recipe) -> None:
+    """Whether the files of benchmarks can be read, and have what their judges need.
+
+    Raises:
+        UserError: a file is missing or wrong, or a reference answer is missing.
+    """
+    from selfimprove.evaluation import kinds
+
+    for benchmark in chosen.evaluate.benchmarks or []:
+        files = _located(benchmark)
+        if benchmark.kind == kinds.HARNESS:
+            if chosen.engine.kind == "fake":
+                raise UserError(
+                    f"benchmark '{benchmark.name}': lm-evaluation-harness loads the model itself, no engine of ours",
+                    'set engine.kind = "vllm" or "transformers"',
+                )
+            continue  # its task was read for its prompts
+        read = kinds.questions(benchmark, dict(zip(benchmark.files, files, strict=True)))
+        needy = benchmark.judge is not None and judges.needs_answer(benchmark.judge)
+        if needy and (bare := [one.prompt_id for one in read.questions if not one.answers]):
+            raise UserError(
+                f"benchmark '{benchmark.name}': its judge needs reference answers, and '{bare[0]}' has none",
+                "give every prompt an answer, or choose another judge",
+            )
 
 
 CHECKS = {"reward_model": checkpoints.check_reward_model, "pairwise_ranker": checkpoints.check_ranker}  # of judges
@@ -81,8 +144,8 @@ def judged(chosen: Recipe) -> None:
         UserError: one is missing, or stands in the recipe for nothing.
     """
     section, known = chosen.label, chosen.servers
-    asked = label.servers(section)
-    for one in label.all_judges(section):
+    asked = [*label.servers(section), *evaluate.servers(chosen.evaluate)]
+    for one in [*label.all_judges(section), *evaluate.all_judges(chosen.evaluate)]:
         for name in [] if judges.members(one) else judges.models(one):
             if name not in RUN and not name.startswith(SERVER):
                 CHECKS.get(one.name, checkpoints.check_weights)(locate_model(name))
@@ -241,6 +304,8 @@ def fits_together(chosen: Recipe) -> None:
     }
     longest = {name: sampling.max_tokens for name, sampling in samplings.items() if sampling}
     longest["evaluate"] = chosen.evaluate.max_tokens
+    for benchmark in chosen.evaluate.benchmarks or []:
+        longest[f"evaluate.benchmarks.{benchmark.name}"] = benchmark.max_tokens or 0
     for wrong, sentence, hint in [
         *(
             (tokens >= room, f"{name}.max_tokens = {tokens} leaves no room for a prompt", "raise engine.max_model_len")
@@ -277,8 +342,8 @@ def fits_together(chosen: Recipe) -> None:
             'set improve.min_gap = 0.0, or improve.kind = "improver"',
         ),
         (
-            checker == "exact" and chosen.synthesize is not None,
-            "label.judge checker 'exact' needs reference answers, and synthesised prompts have none",
+            judge is not None and judges.needs_answer(judge) and chosen.synthesize is not None,
+            f"label.judge checker '{checker}' needs reference answers, and synthesised prompts have none",
             'for example label.judge = { name = "self_consistency" }',
         ),
         (
@@ -336,15 +401,20 @@ def fits_together(chosen: Recipe) -> None:
         ),
         (
             chosen.discriminate is not None
-            and (chosen.discriminate.judge.model_extra or {}).get("checker") == "exact"
+            and judges.needs_answer(chosen.discriminate.judge)
             and chosen.synthesize is not None,
-            "discriminate.judge checker 'exact' needs reference answers, and synthesised prompts have none",
+            "discriminate.judge needs reference answers, and synthesised prompts have none",
             "drop the stage synthesize, or choose another judge",
         ),
         (
             chunks is not None and chunks.by == "source" and chosen.synthesize is not None,
             "train.chunks by source needs data sources, and synthesised prompts have none",
             'drop the stage synthesize, or set train.chunks.by = "pair"',
+        ),
+        (
+            chosen.gate is not None and chosen.gate.roll_back and chosen.train.average is not None,
+            "a gate that rolls back does not take a policy back out of train.average",
+            "set gate.roll_back = false, or drop train.average",
         ),
         (
             chosen.improve is not None and chosen.improve.n > generated.n,

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from selfimprove.errors import UserError
 
-STAGES = ("synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate")
+STAGES = ("synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate", "gate")
 PACKAGE = Path(__file__).parent
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -80,6 +80,7 @@ class Data(Section):
     seeds: str = "demo:seeds"  # JSONL: prompt, completion (gold), optional id
     corpus: str = "demo:corpus"  # plain text, one paragraph a line; keywords are drawn from it
     heldout: str = "demo:heldout"  # JSONL: prompt, optional answer, optional id; never enters training
+    selection: str | None = None  # the same, other prompts: what the gate looks at, so that reports stay untouched
 
 
 class Sampling(Section):
@@ -286,13 +287,46 @@ class Train(Section):
         return self
 
 
+BenchmarkKind = Literal["gsm8k", "ifeval", "alpaca_eval", "arena_hard", "mt_bench", "prompts", "lm_eval"]
+
+
+class Benchmark(Section):
+    """A published benchmark, or prompts of one's own, answered greedily; see docs/evaluation.md."""
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")  # enters artifacts
+    kind: BenchmarkKind
+    path: str  # the prompts, in the benchmark's published format; of lm_eval the task's YAML
+    answers: str | None = None  # arena_hard: the baseline's answers; mt_bench: reference answers
+    judge: Choice | None = None  # not where the kind checks answers itself
+    max_tokens: int | None = Field(None, ge=1)  # of an answer; unset = evaluate.max_tokens
+    limit: int | None = Field(None, ge=2)  # the first so many prompts
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Its files, by the names under which stages see them.
+
+        That of the prompts says of which kind they are, for stages that see no more of a benchmark.
+        """
+        found = {f"benchmark:{self.kind}:{self.name}": self.path}
+        return found | ({f"answers:{self.name}": self.answers} if self.answers else {})
+
+
 class Evaluate(Section):
-    """Held-out accuracy, greedy and sampled."""
+    """Held-out accuracy, greedy and sampled; and benchmarks beside it."""
 
     judge: Choice
     n: int = Field(4, ge=1)  # sampled completions per prompt
     temperature: float = Field(1.0, gt=0)
     max_tokens: int = Field(64, ge=1)
+    benchmarks: list[Benchmark] | None = Field(None, min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks or []]
+        for name in names:
+            if names.count(name) > 1 or name in ("greedy", "sampled"):
+                raise ValueError(f"benchmarks: the name '{name}' is taken")
+        return self
 
 
 Metric = Literal["greedy", "sampled"]
@@ -424,7 +458,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0)
     rounds: int = Field(4, ge=1)
-    stages: list[Literal["synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate"]]
+    stages: list[Literal["synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate", "gate"]]
     model: Model = Model()
     data: Data = Data()
     engine: Engine = Engine()
@@ -435,6 +469,7 @@ class Recipe(Section):
     label: Label
     train: Train
     evaluate: Evaluate
+    gate: Gate | None = None
     sft: Sft | None = None
     control: Control | None = None
     schedule: list[Change] = []
@@ -449,9 +484,11 @@ class Recipe(Section):
         for stage in STAGES:
             if (stage in self.stages) != (getattr(self, stage) is not None):
                 raise ValueError(f"stage '{stage}' and section [{stage}] go together")
+        if (self.gate is None) != (self.data.selection is None):
+            raise ValueError("data.selection and the stage gate go together")
         for change in self.schedule:
             for key in [*change.set, *change.drop]:
-                if key.split(".")[0] not in self.stages or key.startswith("evaluate"):
+                if key.split(".")[0] not in self.stages or key.startswith(("evaluate", "gate")):
                     raise ValueError(f"schedule: '{key}' cannot change from round to round")
         return self
 
@@ -528,5 +565,6 @@ def _hint(error: Any, model: Any) -> str:
         if field is None:
             break
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        options += [inner for option in options[1:] for inner in getattr(option, "__args__", ())]  # list[...] | None
         model = next((o for o in options if inspect.isclass(o) and issubclass(o, pydantic.BaseModel)), model)
     return f"known keys here: {', '.join(field.alias or name for name, field in model.model_fields.items())}"

@@ -2,14 +2,14 @@
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 
 from selfimprove.errors import UsageError, UserError
-from selfimprove.recipe import Choice, Data, Edit, Model, Recipe, put, shipped, validated
+from selfimprove.recipe import Benchmark, Choice, Data, Edit, Model, Recipe, put, shipped, validated
 
 
 def shipped_recipes() -> list[Path]:
@@ -56,7 +56,7 @@ def absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that a run stays whole wherever it is resumed from."""
     changed: dict[str, Any] = {
         "model": Model(path=_absolute(recipe.model.path)),
-        "data": Data(**{name: _absolute(value) for name, value in recipe.data.model_dump().items()}),
+        "data": Data(**{name: value and _absolute(value) for name, value in recipe.data.model_dump().items()}),
     }
     if recipe.train.reference_path:
         path = _absolute(recipe.train.reference_path)
@@ -67,11 +67,23 @@ def absolute(recipe: Recipe) -> Recipe:
             second = _absolute_judge(recipe.label.audit.second)
             update["audit"] = recipe.label.audit.model_copy(update={"second": second})
         changed["label"] = recipe.label.model_copy(update=update)
+    if recipe.evaluate.benchmarks:
+        benchmarks = [_absolute_benchmark(one) for one in recipe.evaluate.benchmarks]
+        changed["evaluate"] = recipe.evaluate.model_copy(update={"benchmarks": benchmarks})
     return recipe.model_copy(update=changed)
 
 
 def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if not name.startswith("demo:") and Path(name).exists() else name
+
+
+def _absolute_benchmark(benchmark: Benchmark) -> Benchmark:
+    changed: dict[str, Any] = {"path": _absolute(benchmark.path)}
+    if benchmark.answers:
+        changed["answers"] = _absolute(benchmark.answers)
+    if benchmark.judge:
+        changed["judge"] = _absolute_judge(benchmark.judge)
+    return benchmark.model_copy(update=changed)
 
 
 def _absolute_judge(choice: Choice) -> Choice:
@@ -90,8 +102,14 @@ def dump(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """What changes between two recipes, as `train.beta 0.1 -> 0.2`, without `rounds` and `[machine]`."""
-    a, b = (_flat(r.model_dump(exclude={"rounds", "machine"})) for r in (old, new))
-    return [f"{key} {a.get(key)} -> {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+    return [f"{key} {a} -> {b}" for key, (a, b) in side_by_side([old, new], {"rounds", "machine"}).items()]
+
+
+def side_by_side(recipes: Sequence[Recipe], without: Collection[str] = ()) -> dict[str, list[Any]]:
+    """The keys, less some sections, that are not the same in all recipes: each one's value, None where it has none."""
+    flat = [_flat(r.model_dump(exclude=set(without))) for r in recipes]
+    values = {key: [of.get(key) for of in flat] for key in sorted(set().union(*flat))}
+    return {key: given for key, given in values.items() if any(value != given[0] for value in given)}
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

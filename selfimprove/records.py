@@ -124,7 +124,7 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One scored answer to a held-out prompt; `mode` is "greedy" or "sampled"."""
+    """One scored answer to a held-out prompt; `mode` is "greedy" or "sampled", `split` "report" or "selection"."""
 
     prompt_id: str
     prompt: str
@@ -134,6 +134,10 @@ class Sample:
     finish_reason: str
     score: float | None
     reason: str
+    split: str = "report"
+    tokens: int = 0
+    logps: float | None = None  # of the first sampled answer to each prompt, summed, in nats, under the policy ...
+    initial_logps: float | None = None  # ... and under M_0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,11 @@ from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
 from selfimprove.models import is_hub_id, locate_model
-from selfimprove.plan import BASE, INITIAL, Sources, Step, examine, ingredients_of, steps, upstream
+from selfimprove.plan import INITIAL, Sources, Step, examine, ingredients_of, steps, stops, upstream
 from selfimprove.preflight import check
 from selfimprove.recipe import Recipe
-from selfimprove.stages import evaluate
 from selfimprove.stages.io import StageIO
-from selfimprove.status import read_scores
+from selfimprove.status import read_scores, standing
 from selfimprove.store import Artifact, Manifest, Run, key_of, missing_outputs, read_manifest, write_atomically
 
 
@@ -134,6 +133,8 @@ def iterate(
                     raise
                 display.finished(step, manifest, read_scores(run, step))
                 point_links(run, longest)
+                if stops(run, step):
+                    break
         point_links(run, longest)  # a kill may have come between the last scores and their link
         if todo:
             run.write_state("done")
@@ -238,14 +239,10 @@ def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:
 
 
 def point_links(run: Run, chosen: Recipe) -> None:
-    """`latest` is the last evaluated iteration, `best` the one with the highest sampled accuracy."""
-    values = {}
-    for step in steps(chosen):
-        if step.iteration > BASE and (scores := read_scores(run, step)):
-            values[step.iteration] = scores["scores"][evaluate.SAMPLED]["value"]
-    if values:
-        run.point("latest", max(values))
-        run.point("best", max(values, key=lambda number: values[number]))
+    """`latest` and `best` of the run, as `status.standing` has them."""
+    if found := standing(run, chosen):
+        run.point("latest", found.latest)
+        run.point("best", found.best)
 
 
 def environment() -> dict[str, str]:

@@ -1,18 +1,63 @@
 """What a run looks like from outside: its state and scores, and whether its files are what they were."""
 
-import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from selfimprove.errors import UserError
+from selfimprove.evaluation import splits
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Step, examine, steps
 from selfimprove.recipe import Recipe
-from selfimprove.store import Run, broken_outputs, read_manifest
+from selfimprove.stages import gate
+from selfimprove.store import Run, broken_outputs, read_json, read_manifest
 
 
 def read_scores(run: Run, step: Step) -> dict[str, Any] | None:
     """scores.json of an evaluation; None for other stages and where it is not published."""
     path = run.path / step.directory / "scores.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
+
+
+def read_decision(run: Run, step: Step) -> dict[str, Any] | None:
+    """gate.json of a gate; None for other stages and where it is not published."""
+    path = run.path / step.directory / gate.FILE
+    return read_json(path) if step.stage is gate and path.is_file() else None
+
+
+def last_decision(run: Run, chosen: Recipe) -> tuple[int, dict[str, Any]]:
+    """The iteration that a gate decided on last, and gate.json.
+
+    Raises:
+        UserError: the recipe has no gate, or it has not decided yet.
+    """
+    if chosen.gate is None:
+        raise UserError(
+            f"run '{run.name}' has no gate",
+            'add "gate" to the recipe\'s stages, a section [gate] and data.selection (JSONL like data.heldout, other '
+            "prompts); then a new run: selfimprove iterate RECIPE --run NAME",
+        )
+    decided = [(step.iteration, told) for step in steps(chosen) if (told := read_decision(run, step))]
+    if not decided:
+        raise UserError(f"the gate of run '{run.name}' has not decided yet", f"selfimprove resume {run.name}")
+    return decided[-1]
+
+
+class Standing(NamedTuple):
+    """Which iterations a run's links are for."""
+
+    latest: int  # the last evaluated one
+    best: int  # the last one that a gate promoted (0: none was); without a gate, of the highest sampled accuracy
+
+
+def standing(run: Run, chosen: Recipe) -> Standing | None:
+    """The latest and the best iteration; None while no iteration is evaluated."""
+    values, promoted = {}, BASE
+    for step in steps(chosen):
+        if step.iteration > BASE and (scores := read_scores(run, step)):
+            values[step.iteration] = scores["scores"][splits.SAMPLED]["value"]
+        if decision := read_decision(run, step):
+            promoted = int(decision["best"])
+    if not values:
+        return None
+    return Standing(max(values), promoted if chosen.gate else max(values, key=lambda number: values[number]))
 
 
 def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
@@ -38,7 +83,9 @@ def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
         )
         if scores := read_scores(run, step):
             of = beside.setdefault(step.name, {}) if step.name in (CONTROL_EVALUATE, SFT_EVALUATE) else entry
-            of |= {"scores": scores["scores"], "comparisons": scores["comparisons"]}
+            of |= {name: scores[name] for name in ("scores", "comparisons", "benchmarks") if name in scores}
+        if decision := read_decision(run, step):
+            entry["gate"] = decision
     finished = all(s["state"] == "done" for e in iterations.values() for s in e["stages"])
     base = iterations.pop(BASE)
     return {

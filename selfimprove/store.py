@@ -100,6 +100,11 @@ def read_rows(directory: Path, name: str, record: type[Row]) -> list[Row]:
     return rows
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a published artifact."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 # --- manifests ---------------------------------------------------------------------------------------------------
 
 

@@ -79,7 +79,7 @@ class TestBadInput:
 
     def test_a_checker_that_is_not_known(self):
         result = selfimprove("iterate", "--set", "label.judge.checker=oracle")
-        refused(result, 1, "parameter 'checker'", "'demo_world' or 'exact'")
+        refused(result, 1, "parameter 'checker'", "'demo_world', 'exact', 'numeric'")
 
     @pytest.mark.parametrize(
         ("settings", "says"),
@@ -88,6 +88,8 @@ class TestBadInput:
             (["label.pairing={name='gold_vs_generated'}"], "looks at no score"),
             (["label.pairing={name='improver_vs_initial'}"], "needs the stage improve"),
             (["label.judge.checker=exact"], "needs reference answers"),
+            (["label.judge.checker=regex"], "needs reference answers"),
+            (["label.judge.pattern=done"], "takes no 'pattern'"),
             (["evaluate.judge={name='self_consistency'}"], "cannot score held-out answers"),
             (["generate.n=1"], "at least two answers"),
             (["engine.max_model_len=99999"], "but the model has"),

@@ -276,7 +276,8 @@ def test_dnpo_begins_as_spin_then_turns_labels_over_and_makes_noise(made):
     flips = run.rows(2, "label", "flips", records.Flip)
     assert flips
     assert {f.pair_id for f in flips} == {p.pair_id for p in run.pairs(2) if p.chosen_source == "current"}
-    assert all(f.generated_score >= f.anchor_score for f in flips)
+    assert {f.why for f in flips} == {"dynamic"}
+    assert all(f.was_rejected_score >= f.was_chosen_score for f in flips)
     golds = {seed.prompt_id: seed.completion for seed in read_seeds(Path(run.chosen.data.seeds))}
     own = run.rows(2, "generate", "generations", records.Generation)
     assert len(run.pairs(2)) == sum(row.text != golds[row.prompt_id] for row in own)  # none is dropped that differs

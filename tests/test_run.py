@@ -249,6 +249,18 @@ class TestStale:
         planned = {p["stage"]: p["why"] for p in json.loads(selfimprove("plan", "r", "--json").out)}
         assert planned["1-synthesize"] == "inputs.seeds changed"
 
+    def test_a_changed_function_of_the_users_own_is_named(self, cut_data):
+        file = Path("graders_of_a_run.py")
+        file.write_text("def grade(prompt, completion, answer):\n    return float(len(completion))\n")
+        judge = "label.judge={name='verifier', checker='python', function='graders_of_a_run:grade'}"
+        result = selfimprove("iterate", "--run", "r", *TINY, "--set", judge)
+        assert result.code == 0, result.err
+        assert {p["plan"] for p in json.loads(selfimprove("plan", "r", "--json").out)} == {"done"}
+        file.write_text("def grade(prompt, completion, answer):\n    return 0.0\n")
+        planned = {p["stage"]: p["why"] for p in json.loads(selfimprove("plan", "r", "--json").out)}
+        assert planned["3-label"] == "files.graders_of_a_run:grade changed"
+        assert planned["2-generate"] == ""
+
     def test_a_changed_stage_version_is_named(self, fake_run, monkeypatch):
         from selfimprove.stages import label
 

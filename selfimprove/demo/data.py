@@ -10,6 +10,7 @@ from selfimprove.demo.world import KINDS, Task, draw_distinct
 
 SEEDS = 650
 HELDOUT = 650
+SELECTION = 300
 PARAGRAPHS = 600
 BAD_GOLD_SHARE = 0.2
 
@@ -82,6 +83,12 @@ def heldout() -> list[Task]:
     return list(islice(draw_distinct(random.Random("heldout"), without), HELDOUT))
 
 
+def selection() -> list[Task]:
+    """Prompts for choosing among rounds, none of them a seed or held out for the report."""
+    without = {task.prompt for task in [*seeds(), *heldout()]}
+    return list(islice(draw_distinct(random.Random("selection"), without), SELECTION))
+
+
 def _write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -99,17 +106,21 @@ def bad_golds() -> dict[str, str]:
 
 
 def write_data(out: Path) -> None:
-    """Write seeds.jsonl and seeds_bad_golds.jsonl, heldout.jsonl (the checker knows the answers) and corpus.txt."""
+    """Write seeds.jsonl and seeds_bad_golds.jsonl, heldout.jsonl and selection.jsonl, and corpus.txt.
+
+    Of held-out prompts the checker knows the answers.
+    """
     out.mkdir(parents=True, exist_ok=True)
     golds = [
         {"id": f"seed-{i:04d}", "prompt": task.prompt, "completion": task.gold, "source": task.family.name}
         for i, task in enumerate(seeds())
     ]
     bad = bad_golds()
-    prompts = [{"id": f"heldout-{i:04d}", "prompt": task.prompt} for i, task in enumerate(heldout())]
     _write_jsonl(out / "seeds.jsonl", golds)
     _write_jsonl(
         out / "seeds_bad_golds.jsonl", [g | {"completion": bad.get(g["prompt"], g["completion"])} for g in golds]
     )
-    _write_jsonl(out / "heldout.jsonl", prompts)
+    for name, tasks in (("heldout", heldout()), ("selection", selection())):
+        prompts = [{"id": f"{name}-{i:04d}", "prompt": task.prompt} for i, task in enumerate(tasks)]
+        _write_jsonl(out / f"{name}.jsonl", prompts)
     (out / "corpus.txt").write_text("\n".join(paragraphs()) + "\n", encoding="utf-8")

@@ -121,5 +121,5 @@ def _verdict(text: str, mark: str, question: str, rng: random.Random) -> str:
         worth = [not one for one in worth]
     if len(worth) == 2:
         return f"[[{'C' if worth[0] == worth[1] else 'A' if worth[0] else 'B'}]]"
-    highest = 100 if "to 100" in text else 5
-    return f"Score: {highest if worth[0] else 0}"
+    lowest, highest = (0, 100) if "to 100" in text else (1, 10) if "1 to 10" in text else (0, 5)
+    return f"Score: {highest if worth[0] else lowest}"

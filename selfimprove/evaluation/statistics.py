@@ -5,7 +5,7 @@ that a score lies between 0 and 1. Every interval here is a 95 % one; docs/evalu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,10 +68,21 @@ def clustered_mean(per_prompt: Sequence[float]) -> Interval:
     return _mean(values, _error(values), len(values))
 
 
-def mean_over_clusters(values: Sequence[float], clusters: Sequence[str]) -> Interval:
+def mean(per_prompt: Sequence[float]) -> Interval:
+    """Mean of per-prompt scores that are no shares, such as ratings, by Student's t; without spread, without width.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    values = np.asarray(per_prompt, dtype=float)
+    middle, half = float(values.mean()), float(special.stdtrit(len(values) - 1, 1 - TAIL)) * _error(values)
+    return Interval(middle, middle - half, middle + half, len(values))
+
+
+def mean_over_clusters(values: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
     """Mean of values that hang together in clusters: the instructions of one prompt, the turns of a dialogue.
 
-    Student's t with as many degrees of freedom as clusters, less one, on `clustered_error` times sqrt(C / (C - 1)),
+    Student's t with as many degrees of freedom as clusters, less one; the standard error times sqrt(C / (C - 1)),
     like statsmodels and Stata. Clusters of one size give what `clustered_mean` gives on their means. With few clusters
     of very different sizes it is too narrow.
 
@@ -83,14 +94,14 @@ def mean_over_clusters(values: Sequence[float], clusters: Sequence[str]) -> Inte
     return _mean(array, _corrected(array, clusters), number)
 
 
-def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
+def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
     """The standard error of a mean with clusters: the root of the sum of squared cluster sums about the mean, over n.
 
     Miller 2024, arXiv 2411.00640, equation 4; no correction for a small number of clusters.
     """
     array = np.asarray(values, dtype=float)
-    index = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    sums = np.bincount(index, array - array.mean())
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    sums = np.bincount([places[cluster] for cluster in clusters], array - array.mean())
     return float(np.sqrt((sums**2).sum())) / len(array)
 
 
@@ -132,7 +143,7 @@ def compare_signs(old: Sequence[float], new: Sequence[float]) -> Comparison:
     return _compared(_differences(old, new), "sign")
 
 
-def compare_clustered(old: Sequence[float], new: Sequence[float], clusters: Sequence[str]) -> Comparison:
+def compare_clustered(old: Sequence[float], new: Sequence[float], clusters: Sequence[Hashable]) -> Comparison:
     """The paired difference where values of a cluster hang together; see `mean_over_clusters`. n counts clusters.
 
     Raises:
@@ -175,18 +186,27 @@ class Bounds(NamedTuple):
 
 
 def bounds(difference: Sequence[float] | Values, tail: float) -> Bounds:
-    """Bounds that hold far out in the tails, where few prompts moved too: Student's t over the prompts that moved.
+    """Bounds on the mean of paired differences that hold in far tails, on few prompts, and where few of them moved.
 
-    The degrees of freedom are the number of differences that are not zero, less one: only these say how far a prompt
-    moves. Seven of 100 prompts, all gained, are no proof at 0.005 (the sign test says 0.008); by 99 degrees of freedom
-    they would be.
+    Student's t, with three cautions: the error is taken about zero, not about the mean; the degrees of freedom are the
+    differences that are not zero, less one; and the smallest of these is given away, as Edwards' correction does in
+    McNemar's test. Where a prompt is as likely to gain as to lose, no bound then leaves zero out more often than `tail`
+    (exact, by enumeration: tests/evaluation/test_statistics.py). Where no prompt moved: `rule_of_three`.
 
     Raises:
         ValueError: fewer than two prompts.
     """
-    values = np.asarray(difference, dtype=float)
-    freedom = max(1, int((np.abs(values) > ROUNDING).sum()) - 1)
-    return _bounds(values, _error(values), len(values), freedom, tail)
+    values: Values = np.asarray(difference, dtype=float)
+    n, sizes = len(values), np.abs(values)
+    moved = sizes[sizes > ROUNDING]
+    if n < 2 or not len(moved):
+        still = _compared(values, "none moved", tail=tail)
+        return Bounds(still.difference, still.low, still.high, n, still.mde)
+    mean, error, freedom = float(values.mean()), math.sqrt(float(values @ values)) / n, max(1, len(moved) - 1)
+    step = float(moved.min()) / n
+    half = float(special.stdtrit(freedom, 1 - tail)) * error + step
+    mde = min(1.0, minimum_detectable_effect(error, freedom, tail) + step)
+    return Bounds(mean, max(-1.0, mean - half), min(1.0, mean + half), n, mde)
 
 
 def minimum_detectable_effect(error: float, freedom: float, tail: float = TAIL, power: float = POWER) -> float:
@@ -225,11 +245,11 @@ def _error(values: Values) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-def _corrected(values: Values, clusters: Sequence[str]) -> float:
+def _corrected(values: Values, clusters: Sequence[Hashable]) -> float:
     number = len(set(clusters))
     if number < 2:
         raise ValueError("an interval needs at least two clusters")
-    return clustered_error(values.tolist(), clusters) * math.sqrt(number / (number - 1))
+    return clustered_standard_error(values.tolist(), clusters) * math.sqrt(number / (number - 1))
 
 
 def _mean(values: Values, error: float, n: int) -> Interval:
@@ -243,25 +263,24 @@ def _mean(values: Values, error: float, n: int) -> Interval:
     return Interval(mean, mean * (1 - unseen), mean + (1 - mean) * unseen, n)
 
 
-def _compared(difference: Values, test: str, error: float | None = None, n: int | None = None) -> Comparison:
+def _compared(
+    difference: Values, test: str, error: float | None = None, n: int | None = None, tail: float = TAIL
+) -> Comparison:
     error, n = _error(difference) if error is None else error, n or len(difference)
-    found = _bounds(difference, error, n, n - 1, TAIL)
-    if test in ("McNemar exact", "sign") or error < ROUNDING:
-        gained, lost = int((difference > ROUNDING).sum()), int((difference < -ROUNDING).sum())
-        p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    else:
-        p = 2 * float(special.stdtr(n - 1, -abs(found.difference) / error))
-    return Comparison(found.difference, found.low, found.high, p, test, n, found.mde)
-
-
-def _bounds(difference: Values, error: float, n: int, freedom: int, tail: float) -> Bounds:
     mean = float(difference.mean())
-    if error >= ROUNDING:
-        half = float(special.stdtrit(freedom, 1 - tail)) * error
-        return Bounds(mean, mean - half, mean + half, n, minimum_detectable_effect(error, freedom, tail))
-    # Every prompt moved alike: other prompts could move as far as scores go.
-    unseen, reach = rule_of_three(n, tail), max(1.0, abs(mean))
-    return Bounds(mean, mean - unseen * (mean + reach), mean + unseen * (reach - mean), n, _mde_without_spread(n, tail))
+    if error < ROUNDING:  # every prompt moved alike: those that were not seen could move as far as scores go
+        unseen, reach = rule_of_three(n, tail), max(1.0, abs(mean))
+        low, high = mean - unseen * (mean + reach), mean + unseen * (reach - mean)
+        return Comparison(mean, low, high, _signs(difference), test, n, _mde_without_spread(n, tail))
+    half = float(special.stdtrit(n - 1, 1 - tail)) * error
+    by_signs = test in ("McNemar exact", "sign")
+    p = _signs(difference) if by_signs else 2 * float(special.stdtr(n - 1, -abs(mean) / error))
+    return Comparison(mean, mean - half, mean + half, p, test, n, minimum_detectable_effect(error, n - 1, tail))
+
+
+def _signs(difference: Values) -> float:
+    gained, lost = int((difference > ROUNDING).sum()), int((difference < -ROUNDING).sum())
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def _mde_without_spread(n: int, tail: float) -> float:

@@ -1,6 +1,6 @@
 """Judges by name. A judge scores completions one by one, or compares them two by two; `protocol.py` says what it is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from selfimprove.judges import verifiers
 from selfimprove.judges.controls import length, random
 from selfimprove.judges.demo_rubric import demo_rubric
 from selfimprove.judges.pairwise import pairwise, pairwise_ranker
-from selfimprove.judges.protocol import Candidate, Comparer, Judge, Opinion, Panel, Preference, candidate
+from selfimprove.judges.protocol import SERVER, Candidate, Comparer, Judge, Opinion, Panel, Preference, candidate
 from selfimprove.judges.rubric import rubric
 from selfimprove.judges.scorers import logps, reward_model
 from selfimprove.judges.verifiers import verifier
@@ -18,7 +18,8 @@ from selfimprove.recipe import Choice
 
 __all__ = [
     "COMPARERS", "JUDGES", "Candidate", "Comparer", "Judge", "Opinion", "Panel", "Preference",
-    "bind", "bind_comparer", "candidate", "check", "compares", "files", "fixed", "identity", "models",
+    "asked", "bind", "bind_comparer", "candidate", "check", "compares", "everyone", "files", "fixed", "identity",
+    "models", "moves", "needs_answer", "templates",
 ]  # fmt: skip
 
 
@@ -114,15 +115,54 @@ def models(choice: Choice) -> list[str]:
     return ["current"] if choice.name in ("rubric", "pairwise", "logps") else []
 
 
-def files(choice: Choice) -> dict[str, Path]:
-    """The files outside the recipe on whose content a judge's verdicts depend, by the name the recipe gives them.
+class Asked(NamedTuple):
+    """The models that judges ask: local ones as the recipe names them, and servers by their names."""
 
-    Raises:
-        UserError: a function that the judge names cannot be imported.
-    """
+    models: list[str]
+    servers: list[str]
+
+
+def everyone(choices: Iterable[Choice | None]) -> list[Choice]:
+    """The judges that are there, and the members of ensembles."""
+    return [one for choice in choices if choice for one in (choice, *members(choice))]
+
+
+def asked(choices: Iterable[Choice | None], more: Iterable[str] = ()) -> Asked:
+    """What judges ask, and `more` that is asked besides, each once."""
+    names = list(dict.fromkeys([*(name for one in everyone(choices) for name in models(one)), *more]))
+    local = [name for name in names if not name.startswith(SERVER)]
+    return Asked(local, [name.removeprefix(SERVER) for name in names if name.startswith(SERVER)])
+
+
+def moves(choice: Choice) -> bool:
+    """Whether a judge is another one in another round: what it says of two rounds cannot be compared."""
+    return any(
+        one.name in ("self_consistency", "discriminator") or "current" in models(one) for one in everyone([choice])
+    )
+
+
+def templates(choice: Choice) -> list[str]:
+    """The prompt templates that a judge reads, those of an ensemble's members too."""
+    found = []
+    for one in everyone([choice]):
+        given = one.model_extra or {}
+        if one.name == "rubric":
+            found.append(f"judge/{given.get('template', 'hundred')}")
+        if one.name == "pairwise":
+            found.append("judge/pairwise_label" if given.get("read") == "logprobs" else "judge/pairwise")
+    return found
+
+
+def files(choice: Choice) -> dict[str, Path]:
+    """The files outside the recipe on whose content a judge's verdicts depend, by the name the recipe gives them."""
     if choice.name == "verifier":
         return verifiers.files(**(choice.model_extra or {}))
     return {name: path for member in members(choice) for name, path in files(member).items()}
+
+
+def needs_answer(choice: Choice) -> bool:
+    """Whether a judge knows nothing where there is no reference answer."""
+    return choice.name == "verifier" and verifiers.needs_answer(**(choice.model_extra or {}))
 
 
 def identity(choice: Choice | None) -> str:

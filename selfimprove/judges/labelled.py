@@ -1,20 +1,15 @@
 """Pairs of answers that people have labelled, and recorded verdicts on them, in their published formats."""
 
-import gzip
-import io
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
+from selfimprove import jsonl
 from selfimprove.errors import UserError
 from selfimprove.judges.audit import Winner
-
-Line = tuple[int, Mapping[str, Any]]  # line number, row
-AS_JSON = "one JSON object a line, or a JSON array of objects"
 
 
 class LabelledPair(NamedTuple):
@@ -79,7 +74,7 @@ def read_pairs(path: Path) -> Iterator[LabelledPair]:
         UserError: the file cannot be read, has a format that is not known, or a row that is wrong.
     """
     chosen: Format | None = None
-    for number, (line, row) in enumerate(_rows(path)):
+    for number, (line, row) in enumerate(jsonl.rows(path)):
         where = f"{path}, line {line}"
         if chosen is None:
             chosen = next((one for one in PAIRS.values() if set(one.columns) <= set(row)), None)
@@ -100,7 +95,7 @@ def read_verdicts(path: Path) -> Iterator[RecordedVerdict]:
         UserError: the file cannot be read, has a format that is not known, or a row that is wrong.
     """
     read = None
-    for line, row in _rows(path):
+    for line, row in jsonl.rows(path):
         where = f"{path}, line {line}"
         if read is None:
             read = _reader(row, where)
@@ -180,68 +175,3 @@ def _told(row: Mapping[str, Any]) -> str:
 
 def _subset(path: Path) -> str:
     return re.sub(r"(\.jsonl?)?(\.gz)?$", "", path.name)
-
-
-def _rows(path: Path) -> Iterator[Line]:
-    """The objects of a JSON array, or of one JSON object a line, with their line numbers."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as raw:
-            file = io.TextIOWrapper(raw, encoding="utf-8-sig")
-            for number, row in _parsed(file, path):
-                yield number, row
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}", "check the path") from None
-    except (EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged: {error}", "fetch it again") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8") from None
-    if not number:
-        raise UserError(f"{path} holds no rows", AS_JSON)
-
-
-def _parsed(file: TextIO, path: Path) -> Iterator[Line]:
-    first = True
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        if first and line.lstrip().startswith("["):
-            yield from _array(line + file.read(), number, path)
-            return
-        first = False
-        where = f"{path}, line {number}"
-        try:
-            yield number, _object(json.loads(line), where)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {_why(error)}", AS_JSON) from None
-
-
-def _array(text: str, number: int, path: Path) -> Iterator[Line]:
-    """The objects of an array one by one, so that a wrong one can be told by its line."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, seen = text.index("[") + 1, 0
-    while True:
-        at = between.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty text too
-        number += text.count("\n", seen, at)
-        seen = at
-        where = f"{path}, line {number}"
-        if text.startswith("]", at):
-            if text[at + 1 :].strip():
-                raise UserError(f"{where}: something follows the array", AS_JSON)
-            return
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            line = number + text.count("\n", at, getattr(error, "pos", at))
-            raise UserError(f"{path}, line {line}: not JSON: {_why(error)}", AS_JSON) from None
-        yield number, _object(row, where)
-
-
-def _why(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _object(row: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object", AS_JSON)
-    return row

@@ -16,14 +16,13 @@ from selfimprove.engine.checkpoints import context_length
 from selfimprove.engine.protocol import Completion, Engine, Request, Sampling, Task
 from selfimprove.judges import local
 from selfimprove.judges.journal import Journal, request_key
-from selfimprove.judges.protocol import Opinion, Question, Replies
+from selfimprove.judges.protocol import SERVER, Opinion, Question, Replies
 from selfimprove.judges.scorers import TOO_LONG
 
 if TYPE_CHECKING:
     from selfimprove.judges.purse import Spent
     from selfimprove.judges.server import Client
 
-SERVER = "server:"
 RUN = frozenset({"current", "initial"})  # policies of the run, of one shape
 NOT_UNICODE = "not valid unicode"
 R = TypeVar("R", bound=tuple[str, ...])

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 from selfimprove.records import Generation
 
+SERVER = "server:"  # how the name of a model that a server of the recipe serves begins
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

@@ -96,5 +96,6 @@ class Purse:
         return UserError(
             f"server '{self._name}': ${paid:.4f} of the ceiling of ${ceiling:.4f} is spent, "
             f"and the next request may cost ${usd:.4f}",
-            f"everything answered is kept; raise servers.{self._name}.ceiling_usd, then `selfimprove resume RUN`",
+            f"everything answered is kept; raise servers.{self._name}.ceiling_usd in the run's recipe.toml, "
+            "then `selfimprove resume RUN`",
         )

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 LABEL_SCHEMA: Mapping[str, Any] = {
     "type": "object",
@@ -12,12 +12,6 @@ LABEL_SCHEMA: Mapping[str, Any] = {
     "additionalProperties": False,
 }
 WORTH = {"A": 1.0, "B": 0.0, "C": 0.5}
-
-ArenaLabel = Literal["A>>B", "A>B", "A=B", "B>A", "B>>A"]
-ARENA: Mapping[str, ArenaLabel] = {
-    "A>>B": "A>>B", "A>B": "A>B", "A=B": "A=B", "B>A": "B>A", "B>>A": "B>>A",
-    "B<<A": "A>>B", "B<A": "A>B", "B=A": "A=B", "A<B": "B>A", "A<<B": "B>>A",
-}  # fmt: skip
 
 
 def score_schema(lowest: float, highest: float) -> dict[str, Any]:
@@ -53,53 +47,10 @@ def first_is_better(reply: str) -> float | None:
     return WORTH[said[-1]] if said else None
 
 
-def bracketed_rating(
-    reply: str,
-    lowest: float = 1,
-    highest: float = 10,
-    *,
-    which: Literal["first", "last"] = "last",
-    whole: bool = False,
-    single: bool = False,
-) -> float | None:
-    """The number in double brackets (MT-bench's `[[7]]`); None outside the scale.
-
-    Args:
-        reply: the judge's words.
-        lowest: of the scale.
-        highest: of the scale.
-        which: FastChat takes the first one; of ours the last counts.
-        whole: arena-bench v1 reads whole numbers only, so that `[[9.5]]` is none.
-        single: FastChat takes `[7]` where no `[[7]]` stands, and reads a rating out of code such as `array[0]`.
-    """
-    number = r"(\d+)" if whole else r"(\d+\.?\d*)"
-    said = re.findall(rf"\[\[{number}\]\]", reply)
-    if not said and single:
-        said = re.findall(rf"\[{number}\]", reply)
-    if not said:
-        return None
-    value = float(said[0] if which == "first" else said[-1])
-    return value if lowest <= value <= highest else None
-
-
 def output_label(reply: str) -> float | None:
     """1 or 0 by the last `Output (a) is better`, or `Output (a)` at the start of a line (LLMBar, arXiv 2310.07641)."""
     said = re.findall(r"\bOutput \(([ab])\) is better", reply) or re.findall(r"(?m)^ ?Output \(([ab])\)", reply)
     return float(said[-1] == "a") if said else None
-
-
-def arena_label(reply: str, *, single: bool = False) -> ArenaLabel | None:
-    """The last of Arena-Hard's labels, `[[A>>B]]` to `[[B>>A]]`, in any spelling of it that upstream knows.
-
-    Args:
-        reply: the judge's words.
-        single: take `[A>B]` where no label stands in double brackets, as upstream does.
-    """
-    label = "|".join(ARENA)
-    said = re.findall(rf"\[\[({label})\]\]", reply.upper())
-    if not said and single:
-        said = re.findall(rf"\[({label})\]", reply.upper())
-    return ARENA[said[-1]] if said else None
 
 
 def _json(reply: str) -> dict[str, Any]:

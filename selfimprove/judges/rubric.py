@@ -17,7 +17,7 @@ class Scale(NamedTuple):
     highest: float
 
 
-TEMPLATES = {"hundred": Scale(0, 100), "additive": Scale(0, 5), "demo": Scale(0, 5)}
+TEMPLATES = {"hundred": Scale(0, 100), "ten": Scale(1, 10), "additive": Scale(0, 5), "demo": Scale(0, 5)}
 
 
 def rubric(
@@ -25,14 +25,15 @@ def rubric(
     panel: Panel,
     *,
     model: str = "current",
-    template: Literal["hundred", "additive", "demo"] = "hundred",
+    template: Literal["hundred", "ten", "additive", "demo"] = "hundred",
     n: Annotated[int, Field(ge=1)] = 1,
     temperature: Annotated[float, Field(ge=0)] = 0.0,
     max_tokens: Annotated[int, Field(ge=1)] = 512,
 ) -> list[Opinion]:
     """A model rates each answer: the mean of the `n` replies that can be read.
 
-    `hundred`: 0 to 100 (DNPO's labelling, arXiv 2502.05400, section 3.1). `additive`: 0 to 5, one point for each of
+    `hundred`: 0 to 100 (DNPO's labelling, arXiv 2502.05400, section 3.1). `ten`: 1 to 10, the scale of MT-Bench (arXiv
+    2306.05685). `additive`: 0 to 5, one point for each of
     five merits (self-rewarding, arXiv 2401.10020, section 2.2, which takes three replies at temperature 1). `demo`: 0
     to 5, as short as the embedded default's model can read.
 

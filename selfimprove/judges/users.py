@@ -1,8 +1,10 @@
 """The user's own checkers: Python functions that a recipe names."""
 
+import contextlib
 import importlib
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,11 @@ def load(function: str) -> Callable[[str, str, str | None], Any]:
     module, colon, name = function.partition(":")
     if not (module and colon and name):
         raise UserError(f"'{function}' names no function", FORM)
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:  # as `python -m` has it; a console script does not
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
-        raise UserError(f"cannot import '{module}': {type(error).__name__}: {error}", FORM) from None
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
+    with _here():
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except Exception as error:
+            raise UserError(f"cannot import '{module}': {type(error).__name__}: {error}", FORM) from None
     if not callable(found):
         raise UserError(f"'{module}' has no function '{name}'", FORM)
     checked: Callable[[str, str, str | None], Any] = found
@@ -38,11 +34,24 @@ def load(function: str) -> Callable[[str, str, str | None], Any]:
 
 
 def source(function: str) -> Path | None:
-    """The file of the function's module; None where it has none.
+    """The file of the function's module, which is not imported; None where there is none."""
+    with _here():
+        try:
+            spec = importlib.util.find_spec(function.partition(":")[0])
+        except (ImportError, ValueError):
+            return None
+    return Path(spec.origin) if spec and spec.origin and spec.has_location else None
 
-    Raises:
-        UserError: see `load`.
-    """
-    load(function)
-    path = getattr(sys.modules[function.partition(":")[0]], "__file__", None)
-    return Path(path) if path else None
+
+@contextlib.contextmanager
+def _here() -> Iterator[None]:
+    """The current directory on the path, as `python -m` has it and a console script has not."""
+    here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

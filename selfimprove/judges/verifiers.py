@@ -164,12 +164,13 @@ def _python(function: str) -> Check:
 
 
 def files(json_schema: object = None, function: object = None, **others: object) -> dict[str, Path]:
-    """The files outside the recipe on whose content the verdicts depend, by the name that the recipe gives them.
-
-    Raises:
-        UserError: the function cannot be imported.
-    """
+    """The files outside the recipe on whose content the verdicts depend, by the name that the recipe gives them."""
     found = {json_schema: Path(json_schema)} if isinstance(json_schema, str) else {}
     if isinstance(function, str) and (path := source(function)):
         found[function] = path
     return found
+
+
+def needs_answer(checker: object = None, pattern: object = None, **others: object) -> bool:
+    """Whether a checker knows nothing where there is no reference answer."""
+    return checker in ("exact", "numeric", "ifeval", "unit_tests") or (checker == "regex" and pattern is None)

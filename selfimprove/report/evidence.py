@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from selfimprove.evaluation import splits
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Examined, Step
 from selfimprove.stages import evaluate, train
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-REPORT = "report"  # the split that every reported number is of
 MOST_POINTS = 100  # of a curve of one round; more steps are averaged
 
 
@@ -68,7 +68,7 @@ def per_prompt(directory: Path, mode: str) -> dict[str, float]:
     rows = columns(directory, "samples", ("prompt_id", "mode", "score", "split"))
     rows = rows.filter(pc.and_(pc.equal(rows["mode"], mode), pc.is_valid(rows["score"])))
     if "split" in rows.column_names:
-        rows = rows.filter(pc.equal(rows["split"], REPORT))
+        rows = rows.filter(pc.equal(rows["split"], splits.REPORT))
     means = rows.group_by("prompt_id", use_threads=False).aggregate([("score", "mean")])
     return dict(zip(means["prompt_id"].to_pylist(), means["score_mean"].to_pylist(), strict=True))
 

@@ -48,7 +48,7 @@ def show(looked: dict[str, Any], console: Console) -> None:
         from selfimprove.report import terminal
 
         console.print(terminal.stages_table(looked))
-        console.print(terminal.iterations_table(looked))
+        console.print(terminal.evaluations(looked))
         return
     for stage in looked["stages"]:
         about = f"  key {stage['key'][:12]}, {stage['seconds']} s, {stage['finished']}"

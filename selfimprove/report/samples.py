@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from selfimprove.evaluation import splits
 from selfimprove.plan import Examined
 from selfimprove.report import diff
 from selfimprove.report.diff import Piece
-from selfimprove.report.evidence import REPORT, Evaluation, columns, finite, rows_at
+from selfimprove.report.evidence import Evaluation, columns, finite, rows_at
 from selfimprove.report.figures import MINUS
-from selfimprove.stages import evaluate, label
+from selfimprove.stages import label
 
 PROMPTS = 12  # shown
 PAIRS = 3  # shown of each end
@@ -77,11 +78,11 @@ class Pairs(NamedTuple):
 
 def answers(found: Sequence[Evaluation]) -> list[Group]:
     """Greedy answers of base, SFT and rounds to some prompts of each fate between the first and the last of them."""
-    those = [one for one in found if one.kind != "control" and evaluate.GREEDY in one.by_prompt]
+    those = [one for one in found if one.kind != "control" and splits.GREEDY in one.by_prompt]
     if not those:
         return []
-    shared = sorted(set.intersection(*(set(one.by_prompt[evaluate.GREEDY]) for one in those)))
-    before, after = (one.by_prompt[evaluate.GREEDY] for one in (those[0], those[-1]))
+    shared = sorted(set.intersection(*(set(one.by_prompt[splits.GREEDY]) for one in those)))
+    before, after = (one.by_prompt[splits.GREEDY] for one in (those[0], those[-1]))
     fates: dict[str, list[str]] = {"gained": [], "lost": [], "the same": []}
     for prompt_id in shared:
         change = after[prompt_id] - before[prompt_id]
@@ -110,9 +111,10 @@ def _shares(fates: Mapping[str, Sequence[str]]) -> list[int]:
 def _greedy(directory: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """The greedy rows of these prompts, of the report split."""
     keys = columns(directory, "samples", ("prompt_id", "mode", "split"))
-    splits = keys["split"].to_pylist() if "split" in keys.column_names else [REPORT] * keys.num_rows
-    of = zip(keys["prompt_id"].to_pylist(), keys["mode"].to_pylist(), splits, strict=True)
-    places = [k for k, (prompt_id, *rest) in enumerate(of) if prompt_id in wanted and rest == [evaluate.GREEDY, REPORT]]
+    parts = keys["split"].to_pylist() if "split" in keys.column_names else [splits.REPORT] * keys.num_rows
+    of = zip(keys["prompt_id"].to_pylist(), keys["mode"].to_pylist(), parts, strict=True)
+    told = [splits.GREEDY, splits.REPORT]
+    places = [k for k, (prompt_id, *rest) in enumerate(of) if prompt_id in wanted and rest == told]
     fields = ("prompt_id", "prompt", "text", "score", "finish_reason")
     return {row["prompt_id"]: row for row in rows_at(directory, "samples", fields, places).values()}
 

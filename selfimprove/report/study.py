@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfimprove.errors import UserError
-from selfimprove.evaluation import seeds
+from selfimprove.evaluation import seeds, splits
 from selfimprove.evaluation.statistics import holm
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Step, steps
 from selfimprove.recipe import Edit
@@ -17,7 +17,7 @@ from selfimprove.stages import evaluate
 from selfimprove.store import Manifest, Run, read_manifest, read_rows
 from selfimprove.study import Folder, Ledger, Planned, Study, finished, planned
 
-MODES = (evaluate.GREEDY, evaluate.SAMPLED)
+MODES = (splits.GREEDY, splits.SAMPLED)
 LEVEL = 0.05
 BASE_ROW, CONTROL, SFT = "base", "SFT control", "after SFT"
 
@@ -64,7 +64,7 @@ def _made(run: Run, one: Planned, read: dict[str, Measured]) -> Made:
         if step.stage is evaluate:
             if manifest.key not in read:
                 rows = read_rows(run.path / step.directory, "samples", Sample)
-                scores = {mode: evaluate.per_prompt(rows, mode) for mode in MODES}
+                scores = {mode: splits.per_prompt(rows, mode) for mode in MODES}
                 read[manifest.key] = Measured(manifest.key, scores)
             evaluations[_row(step)] = read[manifest.key]
     return Made(one, evaluations, sum(m.seconds for m in manifests), manifests[0].environment)
@@ -138,7 +138,7 @@ def _world(study: Study, name: str, made: Sequence[Made], ledger: Ledger) -> dic
     return {
         "title": study.worlds[name].title,
         "settings": _edit(study.worlds[name]),
-        "heldout": len(made[0].evaluations[BASE_ROW].scores[evaluate.GREEDY]),
+        "heldout": len(made[0].evaluations[BASE_ROW].scores[splits.GREEDY]),
         "rows": _rows(arms),
         "against base": _table(against_base),
         "against": {
@@ -213,11 +213,11 @@ def _table(pairs: Mapping[str, tuple[Mapping[int, Measured], Mapping[int, Measur
             )
             if told is None:
                 continue
-            difference, low, high, p, test, n = told.comparison
+            difference, low, high, p, test, n, mde = told.comparison
             found.append(
                 {
                     "arm": name, "mode": mode, "difference": difference, "ci95": [low, high], "p": p, "test": test,
-                    "n": n, "per_seed": told.per_seed, "same_sign": told.same_sign,
+                    "n": n, "mde": mde, "per_seed": told.per_seed, "same_sign": told.same_sign,
                     "excludes_zero": not low <= 0 <= high,
                 }
             )  # fmt: skip

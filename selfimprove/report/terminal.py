@@ -1,10 +1,11 @@
 """What a person sees while a run goes on and afterwards, on stderr (talk) or stdout (tables that were asked for)."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,7 @@ from selfimprove.report.escape import line
 from selfimprove.store import Manifest
 from selfimprove.study import Ended, Planned
 
+MOST_BENCHMARKS = 3  # that fit into 80 columns beside one another
 STATES = {"done": "green", "running": "cyan", "failed": "red", "stale": "yellow", "missing": "dim"}
 
 
@@ -160,6 +162,17 @@ class StudyWatcher:
         return f"about {seconds / 60:.0f} min left" if seconds >= 60 else f"about {seconds:.0f} s left"
 
 
+def evaluations(summary: dict[str, Any]) -> Group:
+    """The iterations' scores, and their benchmarks below where these fit beside one another."""
+    parts: list[RenderableType] = [iterations_table(summary)]
+    names = list(summary["base"].get("benchmarks", {}))
+    if len(names) > MOST_BENCHMARKS:
+        parts.append(Text(f"{len(names)} benchmarks: selfimprove status {summary['run']} --json"))
+    elif names:
+        parts.append(_benchmarks_table(summary, names))
+    return Group(*parts)
+
+
 def iterations_table(summary: dict[str, Any]) -> Table:
     """One row an iteration: held-out accuracy with its 95 % interval, and the change against the base."""
     table = Table(
@@ -169,13 +182,7 @@ def iterations_table(summary: dict[str, Any]) -> Table:
     )
     for heading in ("", "greedy", "vs base", "sampled", "vs base"):
         table.add_column(heading, no_wrap=True)
-    rows = [("base", summary["base"])]
-    if summary["sft"]:
-        rows.append(("after SFT", summary["sft"]))
-    rows += [(f"iteration {entry['iteration']}", entry) for entry in summary["iterations"]]
-    if summary["control"]:
-        rows.append(("SFT control", summary["control"]))
-    for name, entry in rows:
+    for name, entry in _evaluated(summary):
         if not entry["scores"]:
             table.add_row(name, *["-"] * 4)
             continue
@@ -187,6 +194,28 @@ def iterations_table(summary: dict[str, Any]) -> Table:
         ]
         table.add_row(name, *cells)
     return table
+
+
+def _benchmarks_table(summary: dict[str, Any], names: Sequence[str]) -> Table:
+    """One row an iteration, one column a benchmark."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("", *names):
+        table.add_column(Text(heading), no_wrap=True)
+    for name, entry in _evaluated(summary):
+        known = entry.get("benchmarks")
+        table.add_row(name, *(score(known[benchmark]) if known else "-" for benchmark in names))
+    return table
+
+
+def _evaluated(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What was evaluated, by the name of its row."""
+    rows = [("base", summary["base"])]
+    if summary["sft"]:
+        rows.append(("after SFT", summary["sft"]))
+    rows += [(f"iteration {entry['iteration']}", entry) for entry in summary["iterations"]]
+    if summary["control"]:
+        rows.append(("SFT control", summary["control"]))
+    return rows
 
 
 def stages_table(summary: dict[str, Any]) -> Table:

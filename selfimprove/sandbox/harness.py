@@ -1,8 +1,8 @@
 """Runs inside the sandbox: the code, then its tests. The sandbox starts the text of this file, it is never imported.
 
-What says "passed" is a random word that waits in a pipe and is read only after the last test. Code that ends early,
-however it ends, has not said it. Code that goes through the frames of this file to find the pipe could: tests that
-share a process with what they test cannot be closed against that.
+What says "passed" is a random word that waits in a pipe, is read only after the last test, and is told backwards, so
+that pouring every open pipe into every other says nothing. Code that ends early, however it ends, has not said it.
+Code written against this very file could: tests that share a process with what they test cannot be closed to that.
 """
 
 import ast
@@ -25,7 +25,9 @@ def main(told: int, sealed: int) -> None:
     """Read the job (JSON: code, tests, paths) from stdin and write the sealed word or a reason to `told`."""
     write, read, leave, pid, home = os.write, os.read, os._exit, os.getpid, os.getpid()
     job = json.load(sys.stdin)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     sys.path += job["paths"]
     sys.argv[:] = ["solution"]
     streams = sys.stdout, sys.stderr
@@ -64,7 +66,7 @@ def _run(job: dict[str, str], read: Any, sealed: int) -> bytes:
     if not any(called) and all(isinstance(step, PASSIVE) or _is_text(step) for step in tests.body):
         raise _Broken("they call nothing")
     word: bytes = read(sealed, 64)
-    return word
+    return word[::-1]
 
 
 def _is_text(step: ast.stmt) -> bool:

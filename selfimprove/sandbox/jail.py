@@ -66,7 +66,7 @@ def main() -> None:
         os.write(go[1], b"g")
     os.close(go[1])
     said, printed, ended = _watch(walls, told[0], output[0], job["limits"])
-    passed = said == word and ended == 0
+    passed = said == word[::-1] and ended == 0
     report = {
         "trouble": os.read(trouble[0], 4096).decode("utf-8", "replace"),
         "passed": passed,

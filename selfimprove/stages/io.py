@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from selfimprove.chat import Chat
 from selfimprove.engine.protocol import Engine, Request, Sampling, Task
 from selfimprove.judges import Opinion
 from selfimprove.judges.panel import Models, remembered, score
-from selfimprove.records import Generation, Verdict
+from selfimprove.records import Generation, Message, Verdict
 from selfimprove.store import Artifact, model_identity, read_rows, row_seed
 from selfimprove.training.job import Job, PairRow, Weights
 
@@ -26,6 +26,7 @@ class Ask(NamedTuple):
     text: str
     sample: int = 0  # number of the first completion
     given: Sequence[int] = ()  # token ids that the answer begins with
+    earlier: Sequence[Message] = ()  # turns of the same dialogue before it
 
 
 @dataclass
@@ -64,7 +65,7 @@ class StageIO:
         room = self.engine_section.max_model_len - sampling.max_tokens
         asked, requests = [], []
         for ask in asks:
-            ids = [*self.chat.prompt_ids(ask.text), *ask.given]
+            ids = [*self.chat.prompt_ids(ask.text, ask.earlier), *ask.given]
             if len(ids) > room:
                 for k in range(n):
                     row = f"{ask.prompt_id}/{source}/{ask.sample + k}"
@@ -137,6 +138,14 @@ class StageIO:
             progress=self.progress,
             opinions=opinions,
         )
+
+    def note_judging(self) -> None:
+        """Put what judges have cost so far into the manifest."""
+        self.out.tokens += self.judging.tokens
+        if self.judging.spent:
+            self.out.metrics["servers"] = {name: asdict(spent) for name, spent in self.judging.spent.items()}
+        if self.judging.cut:
+            self.out.metrics["comparisons of cut answers"] = self.judging.cut
 
     def score(self, model: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float] | None]:
         """Log-probability under `model` of each token of an answer; see judges.panel.score."""

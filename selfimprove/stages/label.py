@@ -11,7 +11,6 @@ from selfimprove import data, judges, recipe
 from selfimprove.errors import UserError
 from selfimprove.judges import Candidate, Opinion, Preference
 from selfimprove.judges.pairing import RULES, Dropped, Judged, Rule, as_row, kept, shares_won
-from selfimprove.judges.panel import SERVER
 from selfimprove.records import Comparison, Flip, Generation, Pair, Seed, Verdict
 from selfimprove.stages.acquire import acquired
 from selfimprove.stages.io import StageIO
@@ -61,25 +60,22 @@ def check(section: recipe.Label) -> Rule:
 
 def all_judges(section: recipe.Label) -> list[recipe.Choice]:
     """The judge, the members of an ensemble, and the audit's second judge."""
-    named = [section.judge, section.audit.second if section.audit else None]
-    return [one for choice in named if choice for one in (choice, *judges.members(choice))]
+    return judges.everyone([section.judge, section.audit.second if section.audit else None])
 
 
 def models(section: recipe.Label) -> list[str]:
     """The local models that labelling asks: policies of the run by name, others by directory or hub id."""
-    return [name for name in _asked(section) if not name.startswith(SERVER)]
+    return _asked(section).models
 
 
 def servers(section: recipe.Label) -> list[str]:
     """The servers of the recipe that labelling asks."""
-    return [name.removeprefix(SERVER) for name in _asked(section) if name.startswith(SERVER)]
+    return _asked(section).servers
 
 
-def _asked(section: recipe.Label) -> list[str]:
-    asked = [name for choice in all_judges(section) for name in judges.models(choice)]
-    if section.acquire and section.acquire.by == "certainty":
-        asked.append("initial")
-    return list(dict.fromkeys(asked))
+def _asked(section: recipe.Label) -> judges.Asked:
+    certainty = section.acquire is not None and section.acquire.by == "certainty"
+    return judges.asked(all_judges(section), ["initial"] if certainty else [])
 
 
 def run(io: StageIO, section: recipe.Label) -> None:
@@ -100,11 +96,7 @@ def run(io: StageIO, section: recipe.Label) -> None:
     if section.pairing.name == "dynamic" or section.relabel:
         io.out.write_rows("flips", Flip, flips)
         io.out.metrics |= {"flipped": len(flips), "flipped share": len(flips) / max(1, len(pairs))}
-    io.out.tokens += io.judging.tokens
-    if io.judging.spent:
-        io.out.metrics["servers"] = {name: dataclasses.asdict(spent) for name, spent in io.judging.spent.items()}
-    if io.judging.cut:
-        io.out.metrics["comparisons of cut answers"] = io.judging.cut
+    io.note_judging()
     scores = [o.score for o in found.opinions if o.score is not None]
     io.out.metrics |= {
         "pairs": len(pairs),

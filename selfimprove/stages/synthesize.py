@@ -22,6 +22,8 @@ GENERATOR = "generator"  # directory of the generator's weights inside the first
 
 def run(io: StageIO, section: recipe.Synthesize) -> None:
     """Write prompts-*.parquet, and in the first iteration the generator."""
+    from selfimprove.evaluation import kinds  # scipy takes a second to import: plans do without
+
     seeds = data.read_seeds(io.inputs["seeds"])
     generator = io.models.get(GENERATOR) or train_generator(io, section, seeds)
 
@@ -31,7 +33,13 @@ def run(io: StageIO, section: recipe.Synthesize) -> None:
     asks = [Ask(prompt_id, chat.render("synthesize", {"keywords": words})) for prompt_id, words in drawn.items()]
     written = io.complete("writing prompts", generator, asks, 1, section.sampling, "generator")
 
-    evaluated = [row.prompt for row in data.read_heldout(io.inputs["heldout"])]
+    evaluated = [
+        row.prompt
+        for name in ("heldout", "selection")
+        if name in io.inputs
+        for row in data.read_heldout(io.inputs[name])
+    ]
+    evaluated += [prompt for _, prompt in kinds.held_out(io.inputs)]
     heldout = dedup.HeldOut(evaluated, section.decontamination_ngram)
     seen = dedup.Seen(section.max_similarity)
     for seed in seeds:

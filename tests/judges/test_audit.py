@@ -12,7 +12,7 @@ from statsmodels.api import OLS
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 
-from selfimprove import auditing
+from selfimprove import auditing, jsonl
 from selfimprove.judges import audit, audit_scores, labelled
 from selfimprove.judges.audit import CLASSES, UNREADABLE, Row
 from selfimprove.judges.audit_scores import Scored
@@ -77,7 +77,7 @@ class TestPublishedFigures:
 
     def test_the_annotators_of_pandalm(self):
         expected = json.loads((DATA / "pandalm/expected.json").read_text())
-        raw = [row for _, row in labelled._rows(DATA / "pandalm/testset-v1.json.gz")]
+        raw = [row for _, row in jsonl.rows(DATA / "pandalm/testset-v1.json.gz")]
         for two, kappa in expected["annotator_kappa"].items():
             said = [(str(row[f"annotator{two[0]}"]), str(row[f"annotator{two[1]}"])) for row in raw]
             assert audit.kappa(said) == pytest.approx(kappa, abs=1e-12)

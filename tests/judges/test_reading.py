@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfimprove import brackets
 from selfimprove.judges import reading
 from selfimprove.judges.reading import first_is_better, score
 from tests.paths import SHARED
@@ -28,7 +29,7 @@ class TestRealReplies:
         turns: dict[int, list[float]] = {1: [], 2: []}
         invalid = 0
         for row in rows("mt_bench/granite-7b-lab_gpt-4_single.jsonl.gz"):
-            score = reading.bracketed_rating(row["judgment"], 0, 10, which="first", single=True)
+            score = brackets.bracketed_rating(row["judgment"], 0, 10, which="first", single=True)
             assert (-1 if score is None else score) == row["score"]
             if score is None:
                 invalid += 1
@@ -43,7 +44,7 @@ class TestRealReplies:
     def test_mt_bench_as_we_read_it(self):
         """No rating out of `array[0]` or `[5]`, and the last of several: three of the judge's replies change theirs."""
         judged = rows("mt_bench/granite-7b-lab_gpt-4_single.jsonl.gz")
-        found = [(row["score"], reading.bracketed_rating(row["judgment"])) for row in judged]
+        found = [(row["score"], brackets.bracketed_rating(row["judgment"])) for row in judged]
         assert sum(score is not None for _, score in found) == 37
         assert [two for two in found if two[1] not in (None, two[0])] == [(9, 10), (9, 10), (8, 10)]
 
@@ -53,7 +54,7 @@ class TestRealReplies:
         assert len(judged) == 2400
         scores: dict[str, list[float | None]] = {}
         for row in judged:
-            score = reading.bracketed_rating(row["judgment"], whole=True)
+            score = brackets.bracketed_rating(row["judgment"], whole=True)
             assert score == row["score"]
             scores.setdefault(row["model"], []).append(score)
         assert set(scores) == set(expected)
@@ -66,7 +67,7 @@ class TestRealReplies:
                 "sem": np.std(known, ddof=1) / len(known) ** 0.5,
             }
             assert told == pytest.approx(expected[model], abs=1e-12)
-        ours = [reading.bracketed_rating(row["judgment"]) for row in judged if row["score"] is None]
+        ours = [brackets.bracketed_rating(row["judgment"]) for row in judged if row["score"] is None]
         assert sorted(score for score in ours if score is not None) == [7.5, 9.5, 9.5]
 
     def test_llmbar_where_the_whole_reply_is_known(self):
@@ -100,8 +101,8 @@ class TestRealReplies:
     ],
 )
 def test_a_rating_in_brackets(reply, ours, fastchat):
-    assert reading.bracketed_rating(reply) == ours
-    assert reading.bracketed_rating(reply, which="first", single=True) == fastchat
+    assert brackets.bracketed_rating(reply) == ours
+    assert brackets.bracketed_rating(reply, which="first", single=True) == fastchat
 
 
 @pytest.mark.parametrize(
@@ -120,12 +121,12 @@ def test_a_rating_in_brackets(reply, ours, fastchat):
     ],
 )
 def test_a_label_of_arena_hard(reply, label):
-    assert reading.arena_label(reply) == label
+    assert brackets.arena_label(reply) == label
 
 
 def test_a_label_in_single_brackets_counts_where_it_is_asked_for_and_no_other_stands():
-    assert reading.arena_label("so [A>B]", single=True) == "A>B"
-    assert reading.arena_label("[[B=A]], not [A>B]", single=True) == "A=B"
+    assert brackets.arena_label("so [A>B]", single=True) == "A>B"
+    assert brackets.arena_label("[[B=A]], not [A>B]", single=True) == "A=B"
 
 
 @pytest.mark.parametrize(

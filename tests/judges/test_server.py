@@ -20,7 +20,16 @@ from selfimprove.judges.journal import Journal
 from selfimprove.judges.protocol import Question, Replies
 from selfimprove.judges.server import NOT_UNICODE, Client
 from tests.judges import ask_server
-from tests.judges.misbehaving import COMPLETION_TOKENS, FAULTS, PROMPT_TOKENS, Server, fault, logprobs, reply
+from tests.judges.misbehaving import (
+    COMPLETION_TOKENS,
+    FAULTS,
+    PROMPT_TOKENS,
+    Server,
+    completion,
+    fault,
+    logprobs,
+    reply,
+)
 from tests.paths import ROOT
 
 SECRET = "sk-planted-5ecre7"
@@ -130,8 +139,6 @@ def test_each_fault_is_survived_and_named_when_it_does_not_end(journal, kind):
 
 
 def test_a_full_answer_counts_whatever_its_content_type(journal):
-    from tests.judges.misbehaving import completion
-
     with serving(lambda h, asked, number: h.say(200, completion(asked), {"Content-Type": "text/plain"})) as server:
         assert client(server, journal).ask(questions(1), [1], 1, 0.0, 8) == expected(questions(1), [1])
         assert len(server.asked) == 1
@@ -162,6 +169,22 @@ def test_what_no_attempt_can_mend_ends_at_once(journal, status, error, hint):
         assert error["message"] in ended.value.message
         assert hint in ended.value.hint
         assert len(server.asked) <= 4
+
+
+def test_when_one_request_ends_the_stage_those_under_way_are_kept_and_no_other_begins(journal):
+    def behave(handler, asked, number):
+        if asked.text == "question 5":
+            handler.say(401, {"error": {"message": "bad key"}})
+        else:
+            time.sleep(0.3)
+            handler.answer(asked)
+
+    with serving(behave) as server:
+        one = client(server, journal, concurrency=4)
+        with pytest.raises(UserError, match="bad key"):
+            one.ask(questions(100), seeds(100), 1, 0.0, 8)
+        assert len(server.asked) <= 8
+        assert one.spent.answers == sum(server.answered.values()) == len(server.asked) - 1
 
 
 def test_what_is_about_one_request_leaves_the_others_alone(journal):
@@ -368,20 +391,30 @@ def test_what_it_costs_is_counted_and_told(journal):
         assert (free.spent.usd, free.spent.cached) == (0, 30)
 
 
-def test_what_a_server_does_not_count_is_booked_at_its_worst(journal):
-    from tests.judges.misbehaving import completion
-
+@pytest.mark.parametrize(
+    ("kind", "booked"),
+    [
+        ("slow", 2),
+        ("closed", 2),
+        ("truncated JSON", 2),
+        ("truncated body", 2),
+        ("no choices", 2),
+        ("429", 1),
+        ("500", 1),
+    ],
+)
+def test_what_a_server_does_not_count_is_booked_at_its_worst(journal, kind, booked):
     def behave(handler, asked, number):
         if number == 1:
-            fault(handler, asked, "truncated JSON", 0)
+            fault(handler, asked, kind, slow=1.3)
         else:
             handler.say(200, {**completion(asked), "usage": None})
 
     with serving(behave) as server:
-        one = client(server, journal, **PRICES)
+        one = client(server, journal, **PRICES, timeout_seconds=1.0)
         one.ask([Question("q", "q" * 44)], [1], 1, 0.0, 8)
-    assert one.spent.unmeasured == 2
-    assert one.spent.usd == pytest.approx(2 * ((44 + 256) * 100 + 8 * 1000) / 1e6)
+    assert one.spent.unmeasured == booked
+    assert one.spent.usd == pytest.approx(booked * ((44 + 256) * 100 + 8 * 1000) / 1e6)
 
 
 @pytest.mark.parametrize("misbehaving", [False, True])

@@ -1,25 +1,28 @@
 """Judges on a real server: `vllm serve` of the embedded model says what the model itself says."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 
 import pytest
 import torch
 
-from selfimprove import data, recipe
+from selfimprove import data, judges, recipe
 from selfimprove.chat import Chat
 from selfimprove.engine.protocol import Options, Request, Sampling
 from selfimprove.engine.transformers_engine import TransformersEngine
 from selfimprove.errors import UserError
-from selfimprove.judges import reading
+from selfimprove.judges import Candidate, reading
 from selfimprove.judges.journal import Journal
 from selfimprove.judges.protocol import Question
 from selfimprove.judges.server import Client
+from tests.paths import ROOT
 
 MODEL = data.SHIPPED["demo:model"]
 QUESTIONS = [Question(str(k), row.prompt) for k, row in enumerate(data.read_heldout(data.SHIPPED["demo:heldout"])[:40])]
@@ -153,6 +156,30 @@ def test_what_does_not_fit_is_no_reply_and_what_cannot_be_sent_neither(client):
     assert [bool(replies.texts) for replies in found] == [False, False, False, True, True]
     assert "maximum context length" in found[0].reason
     assert "maximum context length" in found[1].reason
+
+
+def test_the_recipe_in_the_documents_asks_it(url, client):
+    """The page's sections over the shipped recipe make a recipe, whose judge asks this server."""
+    page = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
+    [text] = re.findall(r"## A server\n.*?```toml\n(.*?)```", page, re.DOTALL)
+    table = tomllib.loads((ROOT / "pipelines" / "default.toml").read_text(encoding="utf-8")) | tomllib.loads(text)
+    whole = recipe.validated(recipe.Recipe, table, "docs/judges.md")
+    assert set(recipe.Server.model_fields) - {"api_key_env"} == set(tomllib.loads(text)["servers"]["local"])
+    one = client(**{**whole.servers["local"].model_dump(), "url": url})
+    rows = [Candidate("p", QUESTIONS[0].text, "current", k, f"answer {k}", [], "stop") for k in range(3)]
+
+    class Panel:
+        def nonce(self, name):
+            return "nonce"
+
+        def ask(self, model, *rest):
+            assert model == "server:local"
+            asked, *others = rest
+            return one.ask(asked, range(len(asked)), *others)
+
+    found = judges.bind(whole.label.judge)(rows, Panel())
+    assert [opinion.score is not None or bool(opinion.reason) for opinion in found] == [True] * 3
+    assert one.spent.requests == 3
 
 
 def test_its_refusals_are_told(client):

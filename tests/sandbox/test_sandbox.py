@@ -127,10 +127,23 @@ def test_an_early_end_or_a_monkeypatch_is_no_pass(code):
     assert found.reason
 
 
-def test_a_word_in_every_pipe_does_not_pass_either():
-    """The word is random: who writes to all open files without having read it says nothing."""
-    spray = "import os\nfor end in range(3, 64):\n  try: os.write(end, b'f' * 32)\n  except OSError: pass\nos._exit(0)"
-    assert _run(spray).passed is False
+def test_pouring_every_pipe_into_every_other_does_not_pass_either():
+    pour = """
+import os
+found = []
+for end in range(3, 64):
+    try: found.append(os.read(end, 64))
+    except OSError: pass
+for end in range(3, 64):
+    for word in found:
+        try: os.write(end, word)
+        except OSError: pass
+print(len(found), flush=True)
+os._exit(0)
+"""
+    found = _run(pour)
+    assert found.passed is False
+    assert found.output == "1\n"  # it did come upon the word
 
 
 # the walls

@@ -1,0 +1,168 @@
+"""One task of lm-evaluation-harness, of a local YAML file, run by the harness itself in a process of its own.
+
+Its default tasks are not even indexed (which takes most of a minute), and nothing is fetched: the task reads local
+files. What it says of each prompt is kept, so that rounds are compared in pairs as everywhere else.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from selfimprove import chat, recipe
+from selfimprove.errors import UserError
+from selfimprove.evaluation.benchmarks import fields
+from selfimprove.records import Sample
+
+DRIVER = Path(__file__).with_name("lm_harness_driver.py")
+LOADERS = ("json", "csv", "parquet", "arrow", "text")  # of `datasets`, that read local files
+FLAGS = ("acc", "acc_norm", "exact_match")  # metrics of single prompts that are 0 or 1
+BACKENDS = {"vllm": "vllm", "transformers": "hf"}
+FORM = "a YAML file with task, dataset_path: json (or csv, parquet), dataset_kwargs.data_files and metric_list"
+
+
+class Task(NamedTuple):
+    """What of a task has to be known before the harness reads it."""
+
+    name: str
+    metric: str  # the first of its list: the benchmark's score
+    prompt: str  # doc_to_text; empty where it is a function or the task inherits it
+    files: list[Path]  # all that it is made of
+    data: list[Path]  # those of them that hold its evaluation prompts
+
+
+def task(path: Path) -> Task:
+    """A task as its YAML file says, with what that includes.
+
+    Raises:
+        UserError: no YAML, no single task, or a task that reads no local files.
+    """
+    table, files = _table(path)
+    name, metrics = table.get("task"), table.get("metric_list")
+    if not isinstance(name, str):
+        raise UserError(f"{path} names no single task", FORM)
+    if table.get("dataset_path") not in LOADERS:
+        raise UserError(f"{path}: dataset_path '{table.get('dataset_path')}' reads no local files", FORM)
+    splits = (table.get("dataset_kwargs") or {}).get("data_files")
+    by_split: dict[str, Any] = splits if isinstance(splits, dict) else {"train": splits}
+    if not isinstance(metrics, list) or not metrics or not isinstance(metrics[0], dict) or "metric" not in metrics[0]:
+        raise UserError(f"{path} has no metric_list", FORM)
+    found = {split: [_file(path, one) for one in _listed(of)] for split, of in by_split.items()}
+    if not any(found.values()):
+        raise UserError(f"{path} has no dataset_kwargs.data_files", FORM)
+    split = table.get("test_split") or table.get("validation_split")
+    text = table.get("doc_to_text")
+    plain = isinstance(text, str) and not text.startswith("!function")
+    data = found.get(str(split), [])
+    every = [*files, *(one for of in found.values() for one in of)]
+    return Task(name, str(metrics[0]["metric"]), str(text) if plain else "", list(dict.fromkeys(every)), data)
+
+
+def prompts(path: Path) -> list[tuple[str, str]]:
+    """The evaluation prompts of a task as its doc_to_text renders them, with their ids.
+
+    Raises:
+        UserError: they cannot be had here: doc_to_text is a function, or the data is neither JSON nor CSV.
+    """
+    found = task(path)
+    if not found.prompt or not found.data:
+        raise UserError(
+            f"{path}: what it asks cannot be kept out of training: doc_to_text or the test split is not plain",
+            "give doc_to_text as a field or a template, and test_split with a file of its own",
+        )
+    rows = [row for one in found.data for row in _rows(one)]
+    if rows and rows[0].has(found.prompt):
+        return [(f"{number:05d}", row.name(found.prompt)) for number, row in enumerate(rows)]
+    template = chat.TEMPLATES.from_string(found.prompt)
+    return [(f"{number:05d}", template.render(**row.values)) for number, row in enumerate(rows)]
+
+
+def request(
+    benchmark: recipe.Benchmark, path: Path, model: Path, engine: recipe.Engine, machine: recipe.Machine
+) -> dict[str, Any]:
+    """What the driver is told: simple_evaluate's arguments, and where the task is."""
+    length = {"vllm": "max_model_len", "transformers": "max_length"}[engine.kind]
+    arguments: dict[str, Any] = {"pretrained": str(model), "dtype": engine.dtype, length: engine.max_model_len}
+    if engine.kind == "vllm":
+        arguments |= {"gpu_memory_utilization": machine.gpu_memory_utilization, "seed": 0}
+    return {
+        "include_path": str(path.parent),
+        "task": task(path).name,
+        "metric": task(path).metric,
+        "model": BACKENDS[engine.kind],
+        "model_args": arguments,
+        "limit": benchmark.limit,
+    }
+
+
+def command(request_file: Path, answer: Path) -> list[str]:
+    """The command line of the process that runs a task."""
+    return [sys.executable, str(DRIVER), str(request_file), str(answer)]
+
+
+def environment(machine: recipe.Machine) -> dict[str, str]:
+    """What the process gets beside our own environment: no network, and our share of the machine."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    threads = {"OMP_NUM_THREADS": str(machine.threads)} if machine.threads else {}
+    return {**offline, **threads, "VLLM_CPU_KVCACHE_SPACE": str(machine.kv_cache_gib)}
+
+
+def samples(answer: Path, name: str) -> tuple[list[Sample], dict[str, Any]]:
+    """What the harness found of each prompt by the first filter, and all of its figures."""
+    told = json.loads(answer.read_text(encoding="utf-8"))
+    rows = [
+        Sample(f"{one['doc_id']:05d}", one["prompt"], name, 0, one["text"], "unknown", one["score"], one["reason"])
+        for one in told["samples"]
+    ]
+    return rows, {"metric": told["metric"], "metrics": told["metrics"], "version": told["version"]}
+
+
+def _table(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """A task's table with those it includes below it, and the files that were read or are called."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Takes `!function module.name` for a text."""
+
+    Loader.add_multi_constructor("!", lambda loader, tag, node: f"!{tag} {node.value}")
+    try:
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no YAML file that can be read: {error}", FORM) from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path} is no task", FORM)
+    files = [path, *_functions(path, table.values())]
+    if isinstance(included := table.get("include"), str):
+        below, more = _table(_file(path, included))
+        return below | table, [*files, *more]
+    return table, files
+
+
+def _functions(path: Path, values: Iterable[Any]) -> list[Path]:
+    """The Python files beside a task whose functions it calls."""
+    named = [str(value).removeprefix("!function ").rpartition(".")[0] for value in values if _is_function(value)]
+    return [_file(path, f"{module}.py") for module in dict.fromkeys(named)]
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("!function ")
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [str(one) for one in value or []]
+
+
+def _file(beside: Path, name: str) -> Path:
+    path = beside.parent / name
+    if not path.is_file():
+        raise UserError(f"{beside}: no file {path}", "paths of a task are relative to its YAML file, or absolute")
+    return path
+
+
+def _rows(path: Path) -> list[fields.Row]:
+    if path.suffix == ".csv":
+        return list(fields.read_csv(path, ()))
+    if path.suffix in (".json", ".jsonl", ".gz"):
+        return fields.read(path)
+    raise UserError(f"{path}: its prompts cannot be kept out of training", "a JSON or CSV file")
