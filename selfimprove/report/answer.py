@@ -68,6 +68,8 @@ def answer(found: Sequence[Evaluation], primary: str | None, promoted: int | Non
     others = [mode for mode in dict.fromkeys(modes) if mode != modes[0]]
     beside = [f"{_told(one, base, mode, 'The')}." for mode in others]
     beside += [_control(control, one, modes[0]) for control in found if control.kind == "control"]
+    if promoted and one.iteration < max(rounds):
+        beside.append(f"The gate has promoted no round after {one.label}.")
     beside.append(
         f"These {first.n} prompts show a true difference of {number(first.mde)} four times in five; a smaller gain is "
         "never called better here."

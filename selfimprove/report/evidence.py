@@ -94,8 +94,8 @@ def rows_at(directory: Path, name: str, wanted: Sequence[str], positions: Iterab
         file = pq.ParquetFile(shard)
         for batch in file.iter_batches(batch_size=4096, columns=[*wanted]):
             here = [p for p in left if offset <= p < offset + batch.num_rows]
-            for position, row in zip(here, batch.take([p - offset for p in here]).to_pylist(), strict=True):
-                found[position] = row
+            for position in here:
+                found[position] = batch.slice(position - offset, 1).to_pylist()[0]
             offset += batch.num_rows
     return found
 

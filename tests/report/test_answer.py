@@ -77,7 +77,9 @@ def test_what_a_gate_promoted_is_what_the_sentence_is_about():
     found = [evaluation("base", 0, base)] + [
         evaluation("round", k, drawn(rng, 300, 0.3 + 0.1 * k), base) for k in (1, 2, 3)
     ]
-    assert "iteration 2" in answer(found, "sampled", 2).sentence
+    second = answer(found, "sampled", 2)
+    assert "iteration 2" in second.sentence
+    assert "The gate has promoted no round after iteration 2." in second.beside
     assert "iteration 3" in answer(found, None, None).sentence
     none = answer(found, "sampled", 0)
     assert (none.verdict, "promoted no round" in none.sentence) == ("no difference shown", True)

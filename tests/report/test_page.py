@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from selfimprove.data import SHIPPED
 from selfimprove.report import charts, evidence, samples
 from selfimprove.report.charts import Mark
 from selfimprove.report.evidence import Point
-from tests.conftest import selfimprove
+from tests.conftest import QUICK, selfimprove
 from tests.paths import ROOT
 from tests.report.conftest import page_of
 from tests.report.hostile import HUGE, MARKUP, republish
@@ -193,6 +194,42 @@ def test_a_stale_stage_is_named(run_copy):
     assert "Not up to date, and shown all the same: iter-002/3-label" in " ".join(
         Page.of(page_of(run_copy)).text.split()
     )
+
+
+def test_rows_are_found_in_any_shard_and_batch(tmp_path):
+    for shard, first in enumerate((0, 9_000)):
+        table = pa.table(
+            {"n": list(range(first, first + 9_000)), "text": [str(k) for k in range(first, first + 9_000)]}
+        )
+        pq.write_table(table, tmp_path / f"rows-{shard:05d}.parquet")
+    wanted = [17_999, 0, 8_999, 9_000, 0]
+    assert evidence.rows_at(tmp_path, "rows", ("text",), wanted) == {k: {"text": str(k)} for k in wanted}
+    assert evidence.rows_at(tmp_path, "rows", ("text",), []) == {}
+
+
+def test_a_gated_run_says_what_was_decided(cut_data):
+    """A gate of the program's own, and the selection split in no answer that is shown."""
+    lines = SHIPPED["demo:selection"].read_text(encoding="utf-8").splitlines(keepends=True)[:30]
+    Path("selection.jsonl").write_text("".join(lines), encoding="utf-8")
+    settings = (
+        "stages=['generate', 'label', 'train', 'evaluate', 'gate']",
+        "data.selection=selection.jsonl",
+        "gate={}",
+    )
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    assert selfimprove("iterate", "spin", "--rounds", "2", "--run", "run", *QUICK, *chosen).code == 0
+    page = Page.of(page_of(Path("runs/run")))
+    text = " ".join(page.text.split())
+    assert "gate" in page.all("id")
+    for path in Path("runs/run").glob("iter-*/*-gate/gate.json"):
+        told = json.loads(path.read_text())
+        assert f"Round {int(path.parts[2][5:])}: {told['decision']}" in text
+        assert all(reason in text for reason in told["reasons"])
+    assert sum(int(every) for _, every in re.findall(r"(\d+) of (\d+) shown", text)) == 40
+    own = text[text.index("The same prompts") : text.index("What training saw")]
+    assert not [prompt for line in lines if (prompt := json.loads(line)["prompt"]) in own]
+    best = json.loads(path.read_text())["best"]
+    assert ("promoted no round" in text) == (best == 0)
 
 
 def test_curves_bear_what_training_may_record():
