@@ -123,6 +123,34 @@ def test_tables_show_markup_and_codes(text):
     assert ("[bold]markup[/]" if text is MARKUP else "‹ESC›[31mred") in folded
 
 
+@pytest.mark.parametrize("terminal_like", [True, False])
+def test_what_a_person_sees_while_a_run_goes_on_is_text_too(terminal_like, monkeypatch):
+    from selfimprove.store import Manifest, Rows
+    from selfimprove.study import Ended
+
+    console = Console(file=io.StringIO(), force_terminal=terminal_like, width=4_000)
+    step = type("Step", (), {"iteration": 1, "name": "1-generate"})()
+    rows = Rows(unit="row", rows_in=2, rows_out=0, quarantined={MARKUP: 1, CODES: 1})
+    manifest = Manifest(
+        iteration=1, stage="1-generate", key="", ingredients={}, outputs=[], rows=rows, metrics={}, environment={},
+        seconds=1.0, tokens=0, finished="",
+    )  # fmt: skip
+    clock = iter(range(0, 1_000, 20))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: float(next(clock)))
+    watcher = terminal.Watcher(console)
+    watcher.started(step, 1, 2)
+    for done in (1, 2, 3):
+        watcher.progress(f"asking {CODES}{MARKUP}", done, 9)
+    watcher.finished(step, manifest, None)
+    study = terminal.StudyWatcher(console, 2)
+    one = type("Planned", (), {"name": "one"})()
+    study.started(one)
+    study.ended(one, Ended("failed", 1.0, error=MARKUP + CODES))
+    shown = codes_of_rich(console.file.getvalue())
+    assert controls(shown, "\n") == set()
+    assert shown.count("[bold]markup[/]") == (2 if terminal_like else 4)  # a bar is drawn elsewhere
+
+
 def test_inspect_shows_a_poisoned_run_as_text(poisoned, monkeypatch):
     monkeypatch.chdir(poisoned.parent.parent)
     shown = selfimprove("inspect", "four", "1", "--sample", "30").out
