@@ -30,6 +30,7 @@ def test_the_package_carries_what_the_first_run_needs(tmp_path):
         "selfimprove/demo/data/seeds.jsonl",
         "selfimprove/demo/model/model.safetensors",
         "selfimprove/report/report.html.jinja",
+        "selfimprove/report/report.css",
     ):
         assert needed in names
 

@@ -33,8 +33,8 @@ def plain(value: float | None) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits after the point where that says enough, `plain` for large ones: `.717`, `5.848`, `1,024`."""
-    return plain(value) if value is not None and abs(value) >= 100 else number(value)
+    """Three digits after the point where that says enough, `plain` for large ones: `.717`, `5.848`, `94.26`, `1,024`."""
+    return plain(value) if value is not None and abs(value) >= 10 else number(value)
 
 
 def count(value: float | None) -> str:

@@ -9,13 +9,14 @@ from selfimprove.evaluation import splits
 from selfimprove.plan import Examined
 from selfimprove.report import diff
 from selfimprove.report.diff import Piece
-from selfimprove.report.evidence import Evaluation, columns, finite, rows_at
+from selfimprove.report.evidence import REPORT, Evaluation, columns, finite, rows_at
 from selfimprove.report.figures import MINUS
 from selfimprove.stages import label
 
 PROMPTS = 12  # shown
 PAIRS = 3  # shown of each end
 LONGEST = 1_500  # characters shown of a text
+LONG = 240  # characters that a column of its own is too narrow for
 REWRITTEN = 0.25  # of the words: with less in common a long text is not marked up
 
 
@@ -35,6 +36,7 @@ class Prompt(NamedTuple):
 
     text: str
     answers: list[Answer]
+    long: bool  # too long to stand side by side in narrow columns
 
 
 class Group(NamedTuple):
@@ -107,10 +109,11 @@ def _shares(fates: Mapping[str, Sequence[str]]) -> list[int]:
 
 
 def _greedy(directory: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """The greedy rows of these prompts."""
-    keys = columns(directory, "samples", ("prompt_id", "mode"))
-    both = zip(keys["prompt_id"].to_pylist(), keys["mode"].to_pylist(), strict=True)
-    places = [k for k, (prompt_id, mode) in enumerate(both) if mode == splits.GREEDY and prompt_id in wanted]
+    """The greedy rows of these prompts, of the report split."""
+    keys = columns(directory, "samples", ("prompt_id", "mode", "split"))
+    halves = keys["split"].to_pylist() if "split" in keys.column_names else [REPORT] * keys.num_rows
+    of = zip(keys["prompt_id"].to_pylist(), keys["mode"].to_pylist(), halves, strict=True)
+    places = [k for k, (prompt_id, *rest) in enumerate(of) if prompt_id in wanted and rest == [splits.GREEDY, REPORT]]
     fields = ("prompt_id", "prompt", "text", "score", "finish_reason")
     return {row["prompt_id"]: row for row in rows_at(directory, "samples", fields, places).values()}
 
@@ -125,7 +128,7 @@ def _prompt(prompt_id: str, rows: Sequence[tuple[Evaluation, Mapping[str, Mappin
             Answer(one.label, finite(row["score"]), row["text"], pieces, note, row["finish_reason"] == "length")
         )
         before = row["text"]
-    return Prompt(rows[0][1][prompt_id]["prompt"], shown)
+    return Prompt(rows[0][1][prompt_id]["prompt"], shown, max(len(one.text) for one in shown) > LONG)
 
 
 def _changed(old: str, new: str) -> tuple[list[Piece] | None, str]:

@@ -1,5 +1,7 @@
 """The page as text: everything is there, everything a model wrote is text, and it is the same page each time."""
 
+import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -76,13 +78,13 @@ def test_the_page_is_well_formed_and_has_every_section(whole):
     assert set(SECTIONS) <= set(ids)
     assert "gate" not in ids  # this run has none
     assert {target[1:] for target in page.all("href")} <= set(ids)
-    assert {target for target in page.all("aria-labelledby")} <= set(ids)
+    assert set(page.all("aria-labelledby")) <= set(ids)
 
 
 def test_headings_go_down_one_level_at_a_time(whole):
     levels = [int(tag[1]) for tag, _ in Page.of(whole).tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 
 
 def test_every_table_has_a_caption_and_heads_and_every_chart_says_what_it_shows(whole):
@@ -108,9 +110,13 @@ def test_nothing_points_out_of_the_page(whole, hostile_page):
         ]
 
 
-ALLOWED = set(
-    ["html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "h4", "h5", "p", "b", "i", "main", "section", "nav", "ol", "li", "a", "figure", "figcaption", "svg", "g", "path", "defs", "use", "clippath", "rect", "text", "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "span", "small", "details", "summary", "dl", "dt", "dd", "ins", "del", "article", "br", "code", "pre", "footer"]
-)  # fmt: skip
+ALLOWED = {
+    "html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "h4", "h5", "p",
+    "b", "i", "main", "section", "nav", "ol", "li", "a", "figure", "figcaption", "svg", "g", "path",
+    "defs", "use", "clippath", "rect", "text", "div", "table", "caption", "thead", "tbody", "tr", "th", "td",
+    "span", "small", "details", "summary", "dl", "dt", "dd", "ins", "del", "article", "br", "code", "pre",
+    "footer",
+}  # fmt: skip
 
 
 def test_what_a_model_wrote_is_text(hostile_page):
@@ -145,8 +151,6 @@ def test_what_is_not_shown_is_told(whole):
 
 
 def test_dropped_rows_have_their_reasons(four_rounds, whole):
-    import json
-
     paths = four_rounds.glob("iter-*/*/manifest.json")
     told = [json.loads(path.read_text())["rows"]["quarantined"] for path in paths]
     text = " ".join(Page.of(whole).text.split())
@@ -156,8 +160,6 @@ def test_dropped_rows_have_their_reasons(four_rounds, whole):
 
 
 def test_money_is_shown_where_a_server_was_asked(run_copy):
-    import json
-
     path = run_copy / "iter-002/3-label/manifest.json"
     told = json.loads(path.read_text())
     told["metrics"]["servers"] = {"judge": {"usd": 1.25}, "other": {"usd": 0.5}}
@@ -269,7 +271,8 @@ def measured(run: Path) -> tuple[float, int]:
     """Seconds and peak MiB of the program."""
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURED], cwd=run.parent.parent, capture_output=True, text=True, check=True,
+        [sys.executable, "-W", "ignore", "-c", MEASURED],
+        cwd=run.parent.parent, capture_output=True, text=True, check=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert Path(run / "report.html").stat().st_size < 5_000_000
