@@ -1,8 +1,8 @@
 """The gate's rule: promote, keep or roll back, by scores of the selection split; docs/evaluation.md: what it promises.
 
-Each round asks one question of the primary metric: round t at `rule.level` / (t (t + 1)). These add up to `rule.level` over
-any number of rounds, so that a run can be prolonged: by Bonferroni, one whose rounds gain nothing promotes any of them
-with a chance of at most `rule.level`, however they hang together.
+Each round asks one question of the primary metric: round t at `rule.level` / (t (t + 1)). These add up to `rule.level`
+over any number of rounds, so that a run can be prolonged: by Bonferroni, one whose rounds gain nothing promotes any of
+them with a chance of at most `rule.level`, however they hang together.
 """
 
 import math
