@@ -128,7 +128,11 @@ def test_an_unknown_format_is_told_the_known_ones(tmp_path):
         assert name in told.value.hint
 
 
-@pytest.mark.parametrize("damage", [b"no gzip", gzip.compress(b'{"a": 1}\n' * 500, mtime=0)[:-9], gzip.compress(b"\xff\xfe\n", mtime=0)])
+@pytest.mark.parametrize(
+    "damage",
+    [b"no gzip", gzip.compress(b'{"a": 1}\n' * 500, mtime=0)[:-9], gzip.compress(b"\xff\xfe\n", mtime=0)],
+    ids=["no gzip", "cut", "no UTF-8"],
+)
 def test_a_damaged_file(tmp_path, damage):
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(damage)
