@@ -43,9 +43,9 @@ def deciding(monkeypatch, *decisions):
 
     real, asked, left = rule.decide, [], list(decisions)
 
-    def decide(new, best, section, rounds, health, idle=0):
-        asked.append((new, best, rounds, health, idle))
-        return real(new, best, section, rounds, health, idle)._replace(decision=left.pop(0))
+    def decide(new, best, section, iteration, health, idle=0):
+        asked.append((new, best, iteration, health, idle))
+        return real(new, best, section, iteration, health, idle)._replace(decision=left.pop(0))
 
     monkeypatch.setattr(rule, "decide", decide)
     return asked
@@ -71,7 +71,7 @@ def test_the_next_round_starts_from_what_the_gate_says(gated, monkeypatch):
     initial = manifest(0, "1-evaluate")["ingredients"]["models"]["policy"]
     assert [policy(t) for t in (1, 2, 3, 4)] == [initial, trained(1), trained(2), trained(1)]
     assert len({trained(t) for t in (1, 2, 3)}) == 3
-    assert [rounds for _, _, rounds, _, _ in asked] == [2, 6, 12, 20]  # 1/2 + 1/6 + 1/12 + ... = 1
+    assert [iteration for _, _, iteration, _, _ in asked] == [1, 2, 3, 4]
     assert [idle for *_, idle in asked] == [0, 0, 1, 2]
     best = [best for _, best, *_ in asked]
     assert best[0] != best[1]

@@ -1,7 +1,8 @@
 """The gate's rule: promote, keep or roll back, by scores of the selection split; docs/evaluation.md: what it promises.
 
-Each round asks one question of the primary metric, at `rule.level` over the number of rounds. So, by Bonferroni, a run
-whose rounds gain nothing promotes any of them with a chance of at most `rule.level`, however they hang together.
+Each round asks one question of the primary metric: round t at `rule.level` / (t (t + 1)). These add up to `rule.level`
+over any number of rounds, so that a run can be prolonged: by Bonferroni, one whose rounds gain nothing promotes any of
+them with a chance of at most `rule.level`, however they hang together.
 """
 
 import math
@@ -52,7 +53,7 @@ def decide(
     new: Mapping[str, Scores],
     best: Mapping[str, Scores],
     rule: recipe.Gate,
-    rounds: int,
+    iteration: int,
     health: Mapping[str, float | None],
     idle: int = 0,
 ) -> Decision:
@@ -62,17 +63,17 @@ def decide(
         new: scores of this round by metric and prompt, on the selection split.
         best: the same of the best round so far.
         rule: the recipe's [gate].
-        rounds: of the whole run; `rule.level` is split evenly over them.
+        iteration: the number of this round, from 1.
         health: what `rule.limits` limits, by its name without min_ or max_ (`truncated_share`). None, no entry, or no
             finite number is unknown: it stops a promotion and rolls nothing back.
         idle: rounds since the last promotion, before this one; `stop` where patience ends.
 
     Raises:
-        ValueError: no rounds.
+        ValueError: no such round.
     """
-    if rounds < 1:
-        raise ValueError("the level is split over at least one round")
-    level = rule.level / rounds
+    if iteration < 1:
+        raise ValueError("rounds are counted from 1")
+    level = rule.level / (iteration * (iteration + 1))
     primary = _change(rule.metric, new, best, level, rule.min_gain)
     guarded: list[str] = [name for name in dict.fromkeys(rule.guards) if name != rule.metric]  # it is watched anyway
     guards = {name: _change(name, new, best, level, rule.max_drop) for name in guarded}

@@ -156,7 +156,10 @@ def compare_clustered(old: Sequence[float], new: Sequence[float], clusters: Sequ
 def compare_bootstrap(
     old: Sequence[float], new: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
 ) -> Comparison:
-    """Paired bootstrap: prompts are drawn again with all that belongs to them; percentile interval, p by its inversion.
+    """Paired bootstrap: prompts are drawn again with all that belongs to them; p by inversion of percentiles.
+
+    The percentiles are those that make the interval as wide as Student's t on normal data, Hesterberg's expanded ones
+    (arXiv 1411.5279): the plain 2.5th and 97.5th are too narrow on few prompts.
 
     Raises:
         ValueError: fewer than two prompts.
@@ -169,7 +172,8 @@ def compare_bootstrap(
     rows = max(1, CHUNK // n)
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
     means = np.concatenate([difference[rng.integers(n, size=(of, n), dtype=np.int32)].mean(axis=1) for of in sizes])
-    low, high = np.quantile(means, [TAIL, 1 - TAIL])
+    tail = float(special.ndtr(special.stdtrit(n - 1, TAIL) * math.sqrt(n / (n - 1))))
+    low, high = np.quantile(means, [tail, 1 - tail])
     beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (resamples + 1))
     return plain._replace(low=float(low), high=float(high), p=p)

@@ -33,7 +33,7 @@ def plain(value: float | None) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits after the point where that says enough, `plain` for large ones: `.717`, `94.26`, `1,024`."""
+    """Three digits after the point where they say enough, else `plain`: `.717`, `5.848`, `94.26`, `1,024`."""
     return plain(value) if value is not None and abs(value) >= 10 else number(value)
 
 

@@ -129,7 +129,8 @@ def _new_root(shown: list[str], disk_mib: int) -> None:
     for path in (*shown, *DEVICES):
         _show(path)
     os.mkdir(f"{NEW_ROOT}/box")
-    os.symlink("box", f"{NEW_ROOT}/tmp")
+    if not os.path.lexists(f"{NEW_ROOT}/tmp"):  # there where the interpreter's packages lie below it; TMPDIR is /box
+        os.symlink("box", f"{NEW_ROOT}/tmp")
     attributes = struct.pack("QQQQ", READ_ONLY | NO_SUID, 0, 0, 0)
     done = libc.syscall(MOUNT_SETATTR, AT_FDCWD, NEW_ROOT.encode(), AT_RECURSIVE, attributes, len(attributes))
     _check(done, "mount_setattr")

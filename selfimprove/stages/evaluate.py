@@ -162,6 +162,7 @@ def scores(samples: list[Sample], earlier: dict[str, list[Sample]]) -> dict[str,
                 "p": result.p,
                 "test": result.test,
                 "n": result.n,
+                "mde": result.mde,
             }
     return found
 

@@ -24,9 +24,7 @@ def run(io: StageIO, section: recipe.Gate) -> None:
 
     new, best, base = (_samples(io, name) for name in ("evaluation", "best", "base"))
     last = read_json(io.inputs["last"] / FILE) if "last" in io.inputs else {"best": 0, "without": 0}
-    # the level is spent as 1/2, 1/6, 1/12 ...: all of it over any number of rounds, so that a run can be prolonged
-    split = io.iteration * (io.iteration + 1)
-    decision = decide(_scores(new), _scores(best), section, split, _health(new, base), last["without"])
+    decision = decide(_scores(new), _scores(best), section, io.iteration, _health(new, base), last["without"])
     promoted = decision.decision == PROMOTE
     chosen = io.iteration if promoted else last["best"]
     without = 0 if promoted else last["without"] + 1

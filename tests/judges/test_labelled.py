@@ -77,7 +77,7 @@ def test_a_format_of_ones_own_in_every_kind_of_file(tmp_path):
     array = tmp_path / "mine.json"
     array.write_text(json.dumps(rows, indent=1))
     packed = tmp_path / "mine.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    packed.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
     found = list(labelled.read_pairs(plain))
     assert [pair.human for pair in found] == ["first", "second", "tie", None]
     assert found[3].first == ""
@@ -128,7 +128,11 @@ def test_an_unknown_format_is_told_the_known_ones(tmp_path):
         assert name in told.value.hint
 
 
-@pytest.mark.parametrize("damage", [b"no gzip", gzip.compress(b'{"a": 1}\n' * 500)[:-9], gzip.compress(b"\xff\xfe\n")])
+@pytest.mark.parametrize(
+    "damage",
+    [b"no gzip", gzip.compress(b'{"a": 1}\n' * 500, mtime=0)[:-9], gzip.compress(b"\xff\xfe\n", mtime=0)],
+    ids=["no gzip", "cut", "no UTF-8"],
+)
 def test_a_damaged_file(tmp_path, damage):
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(damage)

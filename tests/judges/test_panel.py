@@ -1,5 +1,6 @@
 """The models that judges ask: seeds, contexts, the journal that keeps every answer."""
 
+import math
 import os
 import signal
 import subprocess
@@ -12,9 +13,12 @@ import pytest
 from selfimprove import chat, data, recipe
 from selfimprove.engine.fake_engine import FakeEngine
 from selfimprove.engine.transformers_engine import TransformersEngine
+from selfimprove.judges import Candidate
 from selfimprove.judges.journal import Journal, request_key
+from selfimprove.judges.pairwise import pairwise
 from selfimprove.judges.panel import Models
 from selfimprove.judges.protocol import Question
+from selfimprove.judges.scorers import logps
 from selfimprove.store import row_seed
 
 MODEL = data.SHIPPED["demo:model"]
@@ -132,7 +136,8 @@ def test_the_key_of_a_request_does_not_depend_on_the_order_of_its_parts():
 
 class TestRealModel:
     @pytest.fixture(scope="class")
-    def engine(self):
+    @classmethod
+    def engine(cls):
         from selfimprove.engine.protocol import Options
 
         return TransformersEngine(MODEL, Options("float32", 512, 64, 1, 0.5, 1))
@@ -160,6 +165,70 @@ class TestRealModel:
             "too long for the judge's context",
             "not valid unicode",
         ]
+
+
+class TestJudgesOnARealModel:
+    """The embedded model with a longer context: it judges badly, but its numbers are its own."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def judge(cls, tmp_path_factory):
+        import json
+        import shutil
+
+        from selfimprove.engine.protocol import Options
+
+        directory = tmp_path_factory.mktemp("long") / "model"
+        shutil.copytree(MODEL, directory)
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+        engine = TransformersEngine(directory, Options("float32", 2048, 64, 1, 0.5, 1))
+        section = recipe.Engine(kind="transformers", max_model_len=2048)
+        more = {"paths": {"current": directory}, "engine_section": section}
+        return engine, models(engine, tmp_path_factory.mktemp("journal"), **more)
+
+    @staticmethod
+    def candidates(*texts):
+        ours = chat.Chat(MODEL)
+        prompt = "reverse order: rope shirt melon."
+        return [
+            Candidate("p", prompt, "current", k, text, ours.completion_ids(prompt, text), "stop")
+            for k, text in enumerate(texts)
+        ]
+
+    def test_pairwise_by_label_probabilities(self, judge):
+        engine, panel = judge
+        one, other = self.candidates("melon shirt rope", "rope shirt melon")
+        [found] = pairwise([(one, other)], panel, read="logprobs")
+        ours = chat.Chat(MODEL)
+        shown = {
+            "question": one.prompt, "first": one.text, "second": other.text,
+            "nonce": panel.nonce(f"{one.name}|{other.name}"),
+        }  # fmt: skip
+        text = chat.render("judge/pairwise_label", shown)
+        a, b = (
+            engine.prompt_logprobs([[*ours.prompt_ids(text), *ours.completion_ids(text, label)[:-1]]])[0]
+            for label in "AB"
+        )
+        rest = len(ours.prompt_ids(text)) - 1
+        odds = math.exp(sum(a[rest:]) - sum(b[rest:]))
+        assert found.forward == pytest.approx(odds / (1 + odds), abs=1e-4)
+        assert 0 < found.swapped < 1
+
+    def test_pairwise_in_words_says_why_it_is_unknown(self, judge):
+        _, panel = judge
+        [found] = pairwise([tuple(self.candidates("melon shirt rope", "rope shirt melon"))], panel, max_tokens=16)
+        assert (found.mean, found.reason) == (None, "reply not readable")
+        assert all(found.replies)
+
+    def test_logps_prefer_what_the_model_would_say(self, judge):
+        engine, panel = judge
+        right, wrong = self.candidates("melon shirt rope", "rope shirt melon")
+        better, worse = logps([right, wrong], panel)
+        prompt = chat.Chat(MODEL).prompt_ids(right.prompt)
+        scored = engine.prompt_logprobs([[*prompt, *right.token_ids]])[0][len(prompt) - 1 :]
+        assert better.score == pytest.approx(sum(scored) / len(scored), abs=1e-5)
+        assert better.score > worse.score
 
 
 def test_a_stage_that_is_killed_repeats_no_answer(tmp_path):
