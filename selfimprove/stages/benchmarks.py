@@ -1,8 +1,8 @@
 """The part of the stage `evaluate` that runs benchmarks: greedy answers, what is found of each, and the figures."""
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfimprove import chat, judges, recipe
 from selfimprove.errors import UserError
-from selfimprove.evaluation import lm_harness, results
+from selfimprove.evaluation import lm_harness, scored
 from selfimprove.judges import Candidate, Opinion
 from selfimprove.judges.protocol import Preference
 from selfimprove.records import Comparison, Generation, Message, Sample, Verdict
@@ -89,11 +89,11 @@ def _check_harness(benchmark: recipe.Benchmark, where: str) -> None:
     for name in ("judge", "answers", "max_tokens"):
         if getattr(benchmark, name) is not None:
             raise UserError(f"{where}: its task says all, and {name} is no part of it", f"drop {name}")
-    if importlib.util.find_spec("lm_eval") is None:
+    if not lm_harness.installed():
         raise UserError(f"{where} needs lm-evaluation-harness", "pip install 'selfimprove[lm-eval]'")
 
 
-def scale(benchmark: recipe.Benchmark) -> results.Scale:
+def scale(benchmark: recipe.Benchmark) -> scored.Scale:
     """On what scale its scores are, which says how they are tested; of a task of the harness see `_harness`."""
     if benchmark.kind in ("gsm8k", "ifeval"):
         return "flags"
@@ -234,7 +234,7 @@ def figures(
     benchmark: recipe.Benchmark,
     samples: Sequence[Sample],
     earlier: Mapping[str, Sequence[Sample]],
-    on: results.Scale,
+    on: scored.Scale,
     questions: "Mapping[str, Question]",
     extras: "Extras",
 ) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def figures(
     Raises:
         UserError: fewer than two prompts have a score.
     """
-    if len(results.per_prompt(samples)) < 2:
+    if len(scored.per_prompt(samples)) < 2:
         reasons = next(
             (sample.reason for sample in samples if sample.score is None), "prompts too long for the context"
         )
@@ -259,10 +259,10 @@ def figures(
             f"benchmark '{benchmark.name}': fewer than two prompts have a score ({reasons})",
             "a larger engine.max_model_len, or another judge",
         )
-    changes = {name: results.compared(samples, old, on) for name, old in earlier.items()}
+    changes = {name: scored.compared(samples, old, on) for name, old in earlier.items()}
     return {
         "kind": benchmark.kind,
-        **results.figures(samples, on, questions, extras),
+        **scored.figures(samples, on, questions, extras),
         "comparisons": {name: change for name, change in changes.items() if change},
     }
 
@@ -286,17 +286,18 @@ def _harness(io: StageIO, benchmark: recipe.Benchmark) -> tuple[list[Sample], di
         )
         try:
             while process.poll() is None:
-                io.progress(f"{benchmark.name} (lm-evaluation-harness)", 0, 1)
+                io.progress(f"{benchmark.name} (lm-evaluation-harness)", 0, 0)
                 time.sleep(PAUSE)
         finally:
             process.kill()
             process.wait()
     if process.returncode:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines or ["nothing"]
         raise UserError(f"lm-evaluation-harness failed on '{benchmark.name}': {said[-1]}", f"all that it said: {log}")
     samples, told = lm_harness.samples(answer, benchmark.name)
-    on: results.Scale = "flags" if lm_harness.task(path).metric in lm_harness.FLAGS else "any"
-    found = figures(benchmark, samples, _earlier(io, benchmark), on, {}, lambda questions, scored: told)
+    on: scored.Scale = "flags" if lm_harness.task(path).metric in lm_harness.FLAGS else "any"
+    found = figures(benchmark, samples, _earlier(io, benchmark), on, {}, lambda questions, answered: told)
     return samples, found | {"mean_tokens": None, "truncated_share": None, "asked": len(samples)}
 
 
