@@ -11,17 +11,19 @@ import pytest
 from scipy import stats
 
 from selfimprove import data, plan, preflight, recipe, recipe_file, records, store
+from selfimprove.constraints import language
 from selfimprove.demo import world
 from selfimprove.engine import fake_engine
 from selfimprove.errors import UserError
 from selfimprove.evaluation import bradley_terry, kinds, lm_harness
-from selfimprove.stages import benchmarks
+from selfimprove.stages import benchmark_check, benchmarks
 from tests.conftest import QUICK, cut, selfimprove
 from tests.paths import SHARED
 
 JUDGE = 'name="pairwise", model="initial", max_tokens=32'
 RATER = 'name="rubric", model="initial", template="ten", max_tokens=32'
 KINDS = {
+    "ife": 'kind="ifeval", path="ife.jsonl"',
     "gsm": 'kind="gsm8k", path="gsm.jsonl", limit=6',
     "alp": f'kind="alpaca_eval", path="alpaca.jsonl", judge={{{JUDGE}}}',
     "are": f'kind="arena_hard", path="arena.jsonl", answers="arena_answers.jsonl", judge={{{JUDGE}}}',
@@ -46,6 +48,14 @@ def files():
     rows = data.read_heldout(data.SHIPPED["demo:selection"])[:24]
     write(
         "gsm.jsonl", [{"question": f"Tom has {k} pears and finds {k}.", "answer": f"#### {2 * k}"} for k in range(12)]
+    )
+    asked = ["punctuation:no_comma", "detectable_format:title"]
+    write(
+        "ife.jsonl",
+        [
+            {"key": i, "prompt": f"Write of {i} words.", "instruction_id_list": asked[i % 2 :][:1], "kwargs": [{}]}
+            for i in range(8)
+        ],
     )
     gold = [world.answer(row.prompt) for row in rows]
     alpaca = [gold[i] if i % 2 else "no idea about that at all, sorry" for i in range(24)]
@@ -74,6 +84,7 @@ def finished(tmp_path_factory):
     reply = fake_engine._reply
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(language, "check", lambda: None)  # these constraints need no libraries
         patch.setattr(fake_engine, "_reply", lambda text, rng: seen.append(text) or reply(text, rng))
         files()
         result = selfimprove(
@@ -213,6 +224,12 @@ class TestARun:
         assert len(answered) == 8 * 4
         assert all(len(text) > len(AGAIN) + 20 for text in answered)  # the first turn and its answer stand before it
 
+    def test_instructions_that_are_not_followed_are_named(self, run):
+        told = scores(run, 2)["benchmarks"]["ife"]
+        assert (told["value"], told["strict"]["prompt"]["accuracy"]) == (0.5, 0.5)
+        reasons = [sample.reason for sample in rows(run, 2, "ife")]
+        assert reasons == ["", "not kept: detectable_format:title"] * 4
+
     def test_only_as_many_prompts_as_the_limit_and_the_prompt_says_the_form(self, run, finished):
         told = scores(run, 1)["benchmarks"]["gsm"]
         assert (told["asked"], told["in_file"], told["n"]) == (6, 12, 6)
@@ -222,14 +239,14 @@ class TestARun:
 
     def test_every_answer_is_accounted_for(self, run):
         manifest = store.read_manifest(run / "iter-001" / "4-evaluate")
-        assert manifest.rows.rows_in == manifest.rows.rows_out == 40 * 2 + 6 + 24 + 24 + 16 + 26
+        assert manifest.rows.rows_in == manifest.rows.rows_out == 40 * 2 + 8 + 6 + 24 + 24 + 16 + 26
         assert selfimprove("verify", "run").code == 0
 
     def test_status_tells_all_and_its_table_sends_on_to_json(self, run):
         told = json.loads(selfimprove("status", "run", "--json").out)
         assert told["iterations"][1]["benchmarks"] == scores(run, 2)["benchmarks"]
         assert told["control"]["benchmarks"] == scores(run, 0, "3-control-evaluate")["benchmarks"]
-        assert "5 benchmarks: selfimprove status run --json" in selfimprove("status", "run").out
+        assert "6 benchmarks: selfimprove status run --json" in selfimprove("status", "run").out
 
     def test_files_enter_keys_by_their_content(self, run, tmp_path, monkeypatch):
         shutil.copytree(run.parent.parent, tmp_path / "copy", symlinks=True)
@@ -689,7 +706,7 @@ class TestHarness:
         given = {"judge": recipe.Choice(name="length"), "answers": "x", "max_tokens": 3}[name]
         benchmark = recipe.Benchmark(name="b", kind="lm_eval", path="mini.yaml", **{name: given})
         with pytest.raises(UserError, match=f"{name} is no part of it"):
-            benchmarks.check(benchmark)
+            benchmark_check.check(benchmark)
 
     def test_the_fake_engine_has_no_model_for_it(self, task):
         told = selfimprove("check", "iterative_dpo", "--set", HARNESS, "--set", "engine.kind=fake")

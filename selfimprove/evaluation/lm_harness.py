@@ -8,8 +8,12 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
+import re
+import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +22,8 @@ from selfimprove.errors import UserError
 from selfimprove.evaluation.benchmarks import fields
 from selfimprove.records import Sample
 
+KIND = "lm_eval"  # of benchmark
+PAUSE = 0.2  # seconds between looks at the process
 DRIVER = Path(__file__).with_name("lm_harness_driver.py")
 LOADERS = ("json", "csv", "parquet", "arrow", "text")  # of `datasets`, that read local files
 FLAGS = ("acc", "acc_norm", "exact_match")  # metrics of single prompts that are 0 or 1
@@ -126,6 +132,44 @@ def environment(machine: recipe.Machine) -> dict[str, str]:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     threads = {"OMP_NUM_THREADS": str(machine.threads)} if machine.threads else {}
     return {**offline, **threads, "VLLM_CPU_KVCACHE_SPACE": str(machine.kv_cache_gib)}
+
+
+def run(
+    name: str, path: Path, request: Mapping[str, Any], machine: recipe.Machine, folder: Path, tick: Callable[[], None]
+) -> Path:
+    """Run a task to its end; returns the file of what was found.
+
+    Args:
+        name: of the benchmark.
+        path: of the task.
+        request: what the driver is told.
+        machine: our share of it.
+        folder: for the request, the answer and the harness's words.
+        tick: called while it runs; what it raises ends the process.
+
+    Raises:
+        UserError: the harness failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    asked, answer, log = (folder / f"{name}{end}" for end in (".json", "-found.json", ".log"))
+    asked.write_text(json.dumps(request), encoding="utf-8")
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command(asked, answer), stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=path.parent,
+            env=os.environ | environment(machine),
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                tick()
+                time.sleep(PAUSE)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines or ["nothing"]
+        raise UserError(f"lm-evaluation-harness failed on '{name}': {said[-1]}", f"all that it said: {log}")
+    return answer
 
 
 def samples(answer: Path, name: str) -> tuple[list[Sample], dict[str, Any]]:
