@@ -272,7 +272,7 @@ class Sources:
     def _content(self, source: str) -> str:
         """Content hash of what is outside the run; of a task of lm-evaluation-harness with all files it is made of."""
         path = self.path(source)
-        if not source.startswith("file:benchmark:lm_eval:"):
+        if not source.startswith(f"file:benchmark:{lm_harness.KIND}:"):
             return remembered_digest(self.run, path)
         return key_of({str(i): remembered_digest(self.run, one) for i, one in enumerate(lm_harness.task(path).files)})
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from selfimprove import chat, data, judges
 from selfimprove.engine import checkpoints
 from selfimprove.errors import UserError
+from selfimprove.evaluation import lm_harness
 from selfimprove.judges.panel import RUN
 from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
@@ -118,7 +119,7 @@ def measurable(chosen: Recipe) -> None:
 
     for benchmark in chosen.evaluate.benchmarks or []:
         files = _located(benchmark)
-        if benchmark.kind == kinds.HARNESS:
+        if benchmark.kind == lm_harness.KIND:
             if chosen.engine.kind == "fake":
                 raise UserError(
                     f"benchmark '{benchmark.name}': lm-evaluation-harness loads the model itself, no engine of ours",

@@ -11,17 +11,19 @@ import pytest
 from scipy import stats
 
 from selfimprove import data, plan, preflight, recipe, recipe_file, records, store
+from selfimprove.constraints import language
 from selfimprove.demo import world
 from selfimprove.engine import fake_engine
 from selfimprove.errors import UserError
 from selfimprove.evaluation import bradley_terry, kinds, lm_harness
-from selfimprove.stages import benchmarks
+from selfimprove.stages import benchmark_check, benchmarks
 from tests.conftest import QUICK, cut, selfimprove
 from tests.paths import SHARED
 
 JUDGE = 'name="pairwise", model="initial", max_tokens=32'
 RATER = 'name="rubric", model="initial", template="ten", max_tokens=32'
 KINDS = {
+    "ife": 'kind="ifeval", path="ife.jsonl"',
     "gsm": 'kind="gsm8k", path="gsm.jsonl", limit=6',
     "alp": f'kind="alpaca_eval", path="alpaca.jsonl", judge={{{JUDGE}}}',
     "are": f'kind="arena_hard", path="arena.jsonl", answers="arena_answers.jsonl", judge={{{JUDGE}}}',
@@ -46,6 +48,14 @@ def files():
     rows = data.read_heldout(data.SHIPPED["demo:selection"])[:24]
     write(
         "gsm.jsonl", [{"question": f"Tom has {k} pears and finds {k}.", "answer": f"#### {2 * k}"} for k in range(12)]
+    )
+    asked = ["punctuation:no_comma", "detectable_format:title"]
+    write(
+        "ife.jsonl",
+        [
+            {"key": i, "prompt": f"Write of {i} words.", "instruction_id_list": asked[i % 2 :][:1], "kwargs": [{}]}
+            for i in range(8)
+        ],
     )
     gold = [world.answer(row.prompt) for row in rows]
     alpaca = [gold[i] if i % 2 else "no idea about that at all, sorry" for i in range(24)]
@@ -74,6 +84,7 @@ def finished(tmp_path_factory):
     reply = fake_engine._reply
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(language, "check", lambda: None)  # these constraints need no libraries
         patch.setattr(fake_engine, "_reply", lambda text, rng: seen.append(text) or reply(text, rng))
         files()
         result = selfimprove(
@@ -213,6 +224,12 @@ class TestARun:
         assert len(answered) == 8 * 4
         assert all(len(text) > len(AGAIN) + 20 for text in answered)  # the first turn and its answer stand before it
 
+    def test_instructions_that_are_not_followed_are_named(self, run):
+        told = scores(run, 2)["benchmarks"]["ife"]
+        assert (told["value"], told["strict"]["prompt"]["accuracy"]) == (0.5, 0.5)
+        reasons = [sample.reason for sample in rows(run, 2, "ife")]
+        assert reasons == ["", "not kept: detectable_format:title"] * 4
+
     def test_only_as_many_prompts_as_the_limit_and_the_prompt_says_the_form(self, run, finished):
         told = scores(run, 1)["benchmarks"]["gsm"]
         assert (told["asked"], told["in_file"], told["n"]) == (6, 12, 6)
@@ -222,14 +239,14 @@ class TestARun:
 
     def test_every_answer_is_accounted_for(self, run):
         manifest = store.read_manifest(run / "iter-001" / "4-evaluate")
-        assert manifest.rows.rows_in == manifest.rows.rows_out == 40 * 2 + 6 + 24 + 24 + 16 + 26
+        assert manifest.rows.rows_in == manifest.rows.rows_out == 40 * 2 + 8 + 6 + 24 + 24 + 16 + 26
         assert selfimprove("verify", "run").code == 0
 
     def test_status_tells_all_and_its_table_sends_on_to_json(self, run):
         told = json.loads(selfimprove("status", "run", "--json").out)
         assert told["iterations"][1]["benchmarks"] == scores(run, 2)["benchmarks"]
         assert told["control"]["benchmarks"] == scores(run, 0, "3-control-evaluate")["benchmarks"]
-        assert "5 benchmarks: selfimprove status run --json" in selfimprove("status", "run").out
+        assert "6 benchmarks: selfimprove status run --json" in selfimprove("status", "run").out
 
     def test_files_enter_keys_by_their_content(self, run, tmp_path, monkeypatch):
         shutil.copytree(run.parent.parent, tmp_path / "copy", symlinks=True)
@@ -535,6 +552,12 @@ doc_to_target: "{{gold}}"
 metric_list:
   - metric: exact_match
 """
+STRIPPED = """
+generation_kwargs: {do_sample: false, max_gen_toks: 24, until: ["\\n"]}
+filter_list:
+  - name: stripped
+    filter: [{function: remove_whitespace}, {function: take_first}]
+"""
 HARNESS = 'evaluate.benchmarks=[{name="mini", kind="lm_eval", path="mini.yaml", limit=3}]'
 STUB = """
 import json, os, sys
@@ -542,7 +565,8 @@ request = json.load(open(sys.argv[1]))
 assert os.environ["HF_DATASETS_OFFLINE"] == "1"
 assert os.path.isfile("rows.jsonl")
 rows = [{"doc_id": i, "prompt": "p", "text": "t", "score": float(i % 2), "reason": ""} for i in range(request["limit"])]
-told = {"metric": "exact_match,none", "metrics": {"exact_match,none": 1 / 3}, "version": "0.4.13", "samples": rows}
+told = {"metric": "exact_match,none", "metrics": {"exact_match,none": 1 / 3}, "backend": request["model"]}
+told |= {"version": "0.4.13", "samples": rows}
 json.dump(told, open(sys.argv[2], "w"))
 """
 
@@ -552,15 +576,15 @@ def task(in_files, monkeypatch):
     """A task of lm-evaluation-harness, as if the harness were installed."""
     Path("mini.yaml").write_text(TASK)
     write("rows.jsonl", [{"q": f"Say {k}.", "gold": f"{k}"} for k in range(4)])
-    monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(lm_harness, "installed", lambda: True)
     return in_files
 
 
 class TestHarness:
-    def test_the_command_and_what_the_driver_is_told(self, task):
+    def test_the_command_and_what_the_driver_is_told(self, task, monkeypatch):
         benchmark = recipe.Benchmark(name="b", kind="lm_eval", path="mini.yaml", limit=7)
         command = lm_harness.command(Path("a"), Path("b"))
-        assert command == [sys.executable, str(lm_harness.DRIVER), "a", "b"]
+        assert command == [sys.executable, "-P", str(lm_harness.DRIVER), "a", "b"]
         assert lm_harness.DRIVER.is_file()
         path = Path("mini.yaml").resolve()
         machine = recipe.Machine(threads=2, gpu_memory_utilization=0.5)
@@ -571,7 +595,9 @@ class TestHarness:
             "include_path": str(task), "task": "mini", "metric": "exact_match", "model": "hf", "limit": 7,
             "model_args": {"pretrained": "/m", "dtype": "float32", "max_length": 99},
         }  # fmt: skip
-        told = lm_harness.request(benchmark, path, Path("/m"), recipe.Engine(kind="vllm", dtype="bfloat16"), machine)
+        vllm = recipe.Engine(kind="vllm", dtype="bfloat16")
+        monkeypatch.setattr(lm_harness, "backend", lambda engine: "vllm")
+        told = lm_harness.request(benchmark, path, Path("/m"), vllm, machine)
         assert told["model"] == "vllm"
         assert told["model_args"] == {
             "pretrained": "/m", "dtype": "bfloat16", "max_model_len": 512, "gpu_memory_utilization": 0.5, "seed": 0,
@@ -594,6 +620,7 @@ class TestHarness:
         told = scores(Path("runs/run"), 1)["benchmarks"]["mini"]
         assert (told["value"], told["n"], told["asked"]) == (pytest.approx(1 / 3), 3, 3)
         assert (told["mean_tokens"], told["metrics"]) == (None, {"exact_match,none": 1 / 3})
+        assert told["backend"] == "hf"
         assert told["comparisons"]["base"]["test"] == "McNemar exact"
         assert [s.score for s in rows(Path("runs/run"), 1, "mini")] == [0, 1, 0]
         found, chosen = store.Run(Path("runs/run")), recipe_file.load(Path("runs/run/recipe.toml"))
@@ -602,19 +629,46 @@ class TestHarness:
         stale = {e.step.directory for e in plan.examine(found, chosen) if e.status != "done"}
         assert stale == {"iter-000/1-evaluate", "iter-000/3-control-evaluate", "iter-001/4-evaluate"}
 
+    def test_the_cpu_build_of_vllm_is_none_for_the_harness(self, monkeypatch):
+        def absent(name):
+            raise lm_harness.importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(lm_harness.importlib.metadata, "version", absent)
+        assert lm_harness.backend(recipe.Engine(kind="vllm")) == "hf"
+        assert lm_harness.backend(recipe.Engine(kind="transformers")) == "hf"
+
+    def test_the_harness_itself_agrees_with_our_own_checker(self, in_files):
+        """Where it is installed: the same prompts as a task of its own and as prompts with the checker `exact`."""
+        pytest.importorskip("lm_eval")
+        prompts = [row.prompt for row in data.read_heldout(data.SHIPPED["demo:selection"])[:24]]
+        gold = [world.answer(prompt) for prompt in prompts]
+        write("rows.jsonl", [{"q": q, "gold": a} for q, a in zip(prompts, gold, strict=True)])
+        write("own.jsonl", [{"prompt": q, "answer": a} for q, a in zip(prompts, gold, strict=True)])
+        Path("mini.yaml").write_text(TASK + STRIPPED)
+        asked = HARNESS.replace(", limit=3", "").replace("]", ', {name="own", kind="prompts", path="own.jsonl", ')
+        asked += 'judge={name="verifier", checker="exact"}, max_tokens=24}]'
+        settings = ["--engine", "transformers", *QUICK[2:], "--set", asked, "--set", "generate.n=2"]
+        result = selfimprove("iterate", "iterative_dpo", "--rounds", "1", "--run", "run", *settings)
+        assert result.code == 0, result.err
+        for iteration, stage in [(0, "1-evaluate"), (0, "3-control-evaluate"), (1, "4-evaluate")]:
+            theirs, ours = (rows(Path("runs/run"), iteration, name, stage=stage) for name in ("mini", "own"))
+            assert [s.text.strip() for s in theirs] == [s.text for s in ours]
+            assert [s.score for s in theirs] == [s.score for s in ours]
+            assert 0 < np.mean([s.score for s in ours]) < 1
+
     def test_what_it_says_when_it_fails_is_told(self, task, monkeypatch):
-        failing = [sys.executable, "-c", "raise SystemExit('no such metric')"]
+        failing = [sys.executable, "-c", "print('ValueError: no such metric'); print('10 %'); raise SystemExit(1)"]
         monkeypatch.setattr(lm_harness, "command", lambda request, answer: failing)
         settings = ["--engine", "transformers", *QUICK[2:], "--set", HARNESS, "--set", "evaluate.max_tokens=8"]
         result = selfimprove("iterate", "iterative_dpo", "--rounds", "1", "--run", "run", *settings)
         assert result.code == 1
-        assert "lm-evaluation-harness failed on 'mini': no such metric" in result.err
+        assert "lm-evaluation-harness failed on 'mini': ValueError: no such metric" in result.err
         [log] = Path("runs/run/scratch").glob("*/mini.log")
-        assert log.read_text().strip() == "no such metric"
+        assert log.read_text().splitlines() == ["ValueError: no such metric", "10 %"]
 
     def test_without_the_package_the_hint_installs_it(self, in_files, monkeypatch):
         Path("mini.yaml").write_text(TASK)
-        monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(lm_harness, "installed", lambda: False)
         told = selfimprove("check", "iterative_dpo", "--set", HARNESS)
         assert told.code == 1
         assert "needs lm-evaluation-harness" in told.err
@@ -652,7 +706,7 @@ class TestHarness:
         given = {"judge": recipe.Choice(name="length"), "answers": "x", "max_tokens": 3}[name]
         benchmark = recipe.Benchmark(name="b", kind="lm_eval", path="mini.yaml", **{name: given})
         with pytest.raises(UserError, match=f"{name} is no part of it"):
-            benchmarks.check(benchmark)
+            benchmark_check.check(benchmark)
 
     def test_the_fake_engine_has_no_model_for_it(self, task):
         told = selfimprove("check", "iterative_dpo", "--set", HARNESS, "--set", "engine.kind=fake")

@@ -81,9 +81,16 @@ VALUES = {
     "judge/demo": {"question": "the question", "answer": "the answer"},
     "judge/demo_reply": {"score": 5},
     "judge/hundred": {"question": "the question", "answer": "the answer", "nonce": "the mark"},
+    "judge/ten": {"question": "the question", "answer": "the answer", "nonce": "the mark"},
     "judge/additive": {"question": "the question", "answer": "the answer", "nonce": "the mark"},
     "judge/pairwise": {"question": "the question", "first": "the answer", "second": "the other", "nonce": "the mark"},
     "judge/pairwise_label": {"question": "the question", "first": "the one", "second": "the other", "nonce": "a mark"},
+    "benchmark/gsm8k": {"question": "the question"},
+    "benchmark/mt_bench": {
+        "question": "the question",
+        "earlier": [{"role": "user", "content": "before"}, {"role": "assistant", "content": "what was said"}],
+        "reference": "the reference",
+    },
 }
 
 
@@ -97,7 +104,7 @@ class TestTemplates:
         text = chat.render(name, VALUES[name])
         for value in VALUES[name].values():
             for piece in value if isinstance(value, list) else [str(value)]:
-                assert piece in text
+                assert all(part in text for part in (piece.values() if isinstance(piece, dict) else [piece]))
         assert "{" not in text.replace("{{", "")
 
     @pytest.mark.parametrize("name", VALUES)

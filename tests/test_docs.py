@@ -4,11 +4,14 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
+import typing
 from pathlib import Path
 
 import pytest
 
 from selfimprove import recipe, recipe_file
+from selfimprove.stages import evaluate
 from selfimprove.store import Manifest
 from tests.conftest import selfimprove
 from tests.paths import ROOT
@@ -45,6 +48,19 @@ def test_the_training_page_names_every_setting():
         for field in section.model_fields:
             if field not in ("start", "pairs", "optimizer", "steps", "bound", "sigma", "margin", "number"):
                 assert field in page, field
+
+
+def test_the_benchmarks_of_the_evaluation_page_are_a_recipes():
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    table = recipe_file.load(recipe_file.find("iterative_dpo")).model_dump(exclude_none=True)
+    snippet = tomllib.loads(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
+    table["evaluate"] |= snippet["evaluate"]
+    chosen = recipe.validated(recipe.Recipe, table | {"servers": snippet["servers"]}, "snippet")
+    evaluate.check(chosen.evaluate)
+    assert evaluate.servers(chosen.evaluate) == ["judge"]
+    for kind in typing.get_args(recipe.BenchmarkKind):
+        assert f"| `{kind}` |" in page
+        assert f"- **{kind}**: " in page
 
 
 def test_every_recipe_and_command_of_the_readme_exists():

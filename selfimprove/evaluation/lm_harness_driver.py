@@ -31,6 +31,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "metric": f"{request['metric']},{first}",
         "metrics": {k: v for k, v in figures.items() if isinstance(v, int | float) and "," in k},
+        "backend": request["model"],
         "version": lm_eval.__version__,
         "samples": [_row(row, request["metric"]) for row in rows if row["filter"] == first],
     }

@@ -1,16 +1,11 @@
 """The part of the stage `evaluate` that runs benchmarks: greedy answers, what is found of each, and the figures."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfimprove import chat, judges, recipe
 from selfimprove.errors import UserError
-from selfimprove.evaluation import lm_harness, results
+from selfimprove.evaluation import lm_harness, scored
 from selfimprove.judges import Candidate, Opinion
 from selfimprove.judges.protocol import Preference
 from selfimprove.records import Comparison, Generation, Message, Sample, Verdict
@@ -21,12 +16,10 @@ if TYPE_CHECKING:
     from selfimprove.evaluation.kinds import Kind, Question
     from selfimprove.evaluation.kinds.question import Extras
 
-HARNESS = "lm_eval"  # the kind that a program of its own runs
 BASELINE = "baseline"  # source of the answers that are compared with
 ASKED = {"gsm8k": "benchmark/gsm8k"}  # templates that prompts are asked in, by kind
 SHOWN = {"mt_bench": "benchmark/mt_bench"}  # and those of what a judge is shown as the question
 EARLIER = ("base", "previous")  # evaluations that an evaluation is compared with
-PAUSE = 0.2  # seconds between looks at the harness
 
 
 class Outcome(NamedTuple):
@@ -37,63 +30,7 @@ class Outcome(NamedTuple):
     answered: int
 
 
-def check(benchmark: recipe.Benchmark) -> None:
-    """Whether a benchmark of a recipe has what its kind needs, and nothing else.
-
-    Raises:
-        UserError: a judge or a file too many, too few or of the wrong kind, or a package that is not installed.
-    """
-    from selfimprove.evaluation.kinds import KINDS
-
-    where = f"evaluate.benchmarks '{benchmark.name}' (kind {benchmark.kind})"
-    if benchmark.kind == HARNESS:
-        _check_harness(benchmark, where)
-        return
-    kind, judge = KINDS[benchmark.kind], benchmark.judge
-    compares = judge is not None and judges.compares(judge)
-    for wrong, sentence, hint in [
-        (kind.judge is None and judge is not None, "checks answers by itself", "drop its judge"),
-        (
-            kind.judge == "scores" and (judge is None or compares),
-            "needs a judge that scores answers",
-            'for example judge = { name = "rubric", model = "server:NAME", template = "ten" }',
-        ),
-        (
-            kind.judge == "compares" and not compares,
-            "needs a judge that compares answers",
-            'for example judge = { name = "pairwise", model = "server:NAME" }',
-        ),
-        (kind.answers == "none" and benchmark.answers is not None, "has no file of answers", "drop answers"),
-        (
-            kind.answers == "needed" and benchmark.answers is None,
-            "needs the baseline's answers",
-            'answers = "FILE", a model_answer file of the benchmark',
-        ),
-    ]:
-        if wrong:
-            raise UserError(f"{where} {sentence}", hint)
-    if judge:
-        judges.check(judge)
-        if judges.moves(judge):
-            raise UserError(
-                f"{where}: judge '{judge.name}' is another one in every round, and rounds could not be compared",
-                'name a model that stays: model = "server:NAME", "initial", a directory or a hub id',
-            )
-    if benchmark.kind == "ifeval":
-        from selfimprove.constraints import language
-
-        language.check()
-
-
-def _check_harness(benchmark: recipe.Benchmark, where: str) -> None:
-    for name in ("judge", "answers", "max_tokens"):
-        if getattr(benchmark, name) is not None:
-            raise UserError(f"{where}: its task says all, and {name} is no part of it", f"drop {name}")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"{where} needs lm-evaluation-harness", "pip install 'selfimprove[lm-eval]'")
-
-
-def scale(benchmark: recipe.Benchmark) -> results.Scale:
+def scale(benchmark: recipe.Benchmark) -> scored.Scale:
     """On what scale its scores are, which says how they are tested; of a task of the harness see `_harness`."""
     if benchmark.kind in ("gsm8k", "ifeval"):
         return "flags"
@@ -109,7 +46,7 @@ def run(io: StageIO, section: recipe.Evaluate) -> Outcome:
     figures: dict[str, Any] = {}
     asked = answered = 0
     for benchmark in section.benchmarks or []:
-        if benchmark.kind == HARNESS:
+        if benchmark.kind == lm_harness.KIND:
             samples, figures[benchmark.name] = _harness(io, benchmark)
             count = len(samples)
         else:
@@ -234,7 +171,7 @@ def figures(
     benchmark: recipe.Benchmark,
     samples: Sequence[Sample],
     earlier: Mapping[str, Sequence[Sample]],
-    on: results.Scale,
+    on: scored.Scale,
     questions: "Mapping[str, Question]",
     extras: "Extras",
 ) -> dict[str, Any]:
@@ -251,7 +188,7 @@ def figures(
     Raises:
         UserError: fewer than two prompts have a score.
     """
-    if len(results.per_prompt(samples)) < 2:
+    if len(scored.per_prompt(samples)) < 2:
         reasons = next(
             (sample.reason for sample in samples if sample.score is None), "prompts too long for the context"
         )
@@ -259,10 +196,10 @@ def figures(
             f"benchmark '{benchmark.name}': fewer than two prompts have a score ({reasons})",
             "a larger engine.max_model_len, or another judge",
         )
-    changes = {name: results.compared(samples, old, on) for name, old in earlier.items()}
+    changes = {name: scored.compared(samples, old, on) for name, old in earlier.items()}
     return {
         "kind": benchmark.kind,
-        **results.figures(samples, on, questions, extras),
+        **scored.figures(samples, on, questions, extras),
         "comparisons": {name: change for name, change in changes.items() if change},
     }
 
@@ -274,29 +211,15 @@ def _earlier(io: StageIO, benchmark: recipe.Benchmark) -> dict[str, list[Sample]
 def _harness(io: StageIO, benchmark: recipe.Benchmark) -> tuple[list[Sample], dict[str, Any]]:
     """A task of lm-evaluation-harness, in a process of its own, while the engine gives its memory back."""
     [path] = (io.inputs[name] for name in benchmark.files)
-    io.scratch.mkdir(parents=True, exist_ok=True)
-    request, answer, log = (io.scratch / f"{benchmark.name}{end}" for end in (".json", "-found.json", ".log"))
-    model, engine = io.models["policy"], io.engine_section
-    request.write_text(json.dumps(lm_harness.request(benchmark, path, model, engine, io.machine)), encoding="utf-8")
+    request = lm_harness.request(benchmark, path, io.models["policy"], io.engine_section, io.machine)
     io.open_engine().sleep()
-    command, environment = lm_harness.command(request, answer), os.environ | lm_harness.environment(io.machine)
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=path.parent, env=environment
-        )
-        try:
-            while process.poll() is None:
-                io.progress(f"{benchmark.name} (lm-evaluation-harness)", 0, 1)
-                time.sleep(PAUSE)
-        finally:
-            process.kill()
-            process.wait()
-    if process.returncode:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"]
-        raise UserError(f"lm-evaluation-harness failed on '{benchmark.name}': {said[-1]}", f"all that it said: {log}")
+    answer = lm_harness.run(
+        benchmark.name, path, request, io.machine, io.scratch,
+        lambda: io.progress(f"{benchmark.name} (lm-evaluation-harness)", 0, 0),
+    )  # fmt: skip
     samples, told = lm_harness.samples(answer, benchmark.name)
-    on: results.Scale = "flags" if lm_harness.task(path).metric in lm_harness.FLAGS else "any"
-    found = figures(benchmark, samples, _earlier(io, benchmark), on, {}, lambda questions, scored: told)
+    on: scored.Scale = "flags" if request["metric"] in lm_harness.FLAGS else "any"
+    found = figures(benchmark, samples, _earlier(io, benchmark), on, {}, lambda questions, answered: told)
     return samples, found | {"mean_tokens": None, "truncated_share": None, "asked": len(samples)}
 
 

@@ -11,7 +11,7 @@ from selfimprove.errors import UserError
 from selfimprove.evaluation.splits import GREEDY, REPORT, SAMPLED, SELECTION, per_prompt
 from selfimprove.judges import Candidate, Judge
 from selfimprove.records import Generation, HeldOut, Sample
-from selfimprove.stages import benchmarks
+from selfimprove.stages import benchmark_check, benchmarks
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import read_rows
 
@@ -37,7 +37,7 @@ def check(section: recipe.Evaluate) -> Judge:
             'for example evaluate.judge = { name = "verifier", checker = "exact" }',
         )
     for benchmark in section.benchmarks or []:
-        benchmarks.check(benchmark)
+        benchmark_check.check(benchmark)
     return judge
 
 

@@ -104,7 +104,7 @@ MODELS = models()
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
-@pytest.mark.parametrize("template", ["hundred", "additive", "demo"])
+@pytest.mark.parametrize("template", ["hundred", "ten", "additive", "demo"])
 def test_a_score_is_the_judges_own(case, template):
     parrot = Parrot("Score: 3")
     [opinion] = rubric([candidate(case)], parrot, template=template)
@@ -207,4 +207,4 @@ def test_the_mark_depends_on_the_run_and_the_row():
     ]
     assert len(set(marks)) == 40
     assert MODELS.nonce("a") == MODELS.nonce("a")
-    assert set(TEMPLATES) == {"hundred", "additive", "demo"}
+    assert set(TEMPLATES) == {"hundred", "ten", "additive", "demo"}

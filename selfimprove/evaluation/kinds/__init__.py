@@ -11,7 +11,7 @@ from selfimprove.evaluation.kinds import alpaca_eval, arena_hard, gsm8k, ifeval,
 from selfimprove.evaluation.kinds.question import Checked, Kind, Question
 from selfimprove.recipe import Benchmark
 
-__all__ = ["HARNESS", "KINDS", "Checked", "Kind", "Question", "Read", "held_out", "questions"]
+__all__ = ["KINDS", "Checked", "Kind", "Question", "Read", "held_out", "questions"]
 
 KINDS: Mapping[str, Kind] = {
     "gsm8k": gsm8k.KIND,
@@ -21,7 +21,6 @@ KINDS: Mapping[str, Kind] = {
     "mt_bench": mt_bench.KIND,
     "prompts": prompts.KIND,
 }
-HARNESS = "lm_eval"  # the kind that a program of its own runs
 
 
 class Read(NamedTuple):
@@ -63,7 +62,7 @@ def held_out(files: Mapping[str, Path]) -> list[tuple[str, str]]:
         what, *kind_and_name = name.split(":")
         if what == "benchmark":
             kind = kind_and_name[0]
-            if kind == HARNESS:
+            if kind == lm_harness.KIND:
                 found += lm_harness.prompts(path)
             else:
                 found += [(question.prompt_id, question.turns[0]) for question in KINDS[kind].read(path, None)]
