@@ -165,7 +165,9 @@ def with_columns(run, t, **columns):
     path = directory / "samples-00000.parquet"
     table = pq.read_table(path)
     for name, value in columns.items():
-        table = table.append_column(name, pa.array([value(row) for row in table.to_pylist()]))
+        made = pa.array([value(row) for row in table.to_pylist()])
+        known = table.schema.get_field_index(name)
+        table = table.append_column(name, made) if known < 0 else table.set_column(known, name, made)
     pq.write_table(table, path)
     told = json.loads((directory / "manifest.json").read_text())
     told["outputs"][0]["bytes"] = path.stat().st_size
