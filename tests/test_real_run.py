@@ -92,7 +92,7 @@ def test_verify_and_report(at_real_run):
     path = at_real_run / "report.html"
     assert selfimprove("report", "real").out.strip().endswith("report.html")
     page = path.read_text(encoding="utf-8")
-    assert "control: SFT on the seeds" in page
+    assert "plain supervised fine-tuning of the base model on the seeds" in page
     assert "<script" not in page
     assert "http://" not in page
     assert "https://" not in page

@@ -115,7 +115,7 @@ def _rows(name: str) -> list[dict[str, str]]:
 
 
 def test_shipped_data() -> None:
-    seeds, heldout = _rows("seeds.jsonl"), _rows("heldout.jsonl")
+    seeds, heldout = _rows("seeds.jsonl"), _rows("heldout.jsonl") + _rows("selection.jsonl")
     corpus = (DATA / "corpus.txt").read_text(encoding="utf-8")
     assert all(set(row) == {"id", "prompt", "completion", "source"} for row in seeds)
     assert {row["source"] for row in seeds} == {family.name for family in world.FAMILIES}
@@ -123,7 +123,7 @@ def test_shipped_data() -> None:
     assert all(world.check(row["prompt"], row["completion"]) is True for row in seeds)
     assert all(world.answer(row["prompt"]) is not None for row in heldout)
     prompts = [row["prompt"] for row in seeds + heldout]
-    assert len(set(prompts)) == len(prompts) == data.SEEDS + data.HELDOUT
+    assert len(set(prompts)) == len(prompts) == data.SEEDS + data.HELDOUT + data.SELECTION
     assert not any(prompt in corpus for prompt in prompts)
     sentences = [s + mark for line in corpus.splitlines() for mark in ".?" for s in line.split(f"{mark} ")]
     assert not any(world.parse(sentence) for sentence in sentences)
@@ -132,7 +132,7 @@ def test_shipped_data() -> None:
 def test_shipped_data_are_what_the_code_writes(tmp_path: Path) -> None:
     data.write_data(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["corpus.txt", "heldout.jsonl", "seeds.jsonl", "seeds_bad_golds.jsonl"]
+    assert names == ["corpus.txt", "heldout.jsonl", "seeds.jsonl", "seeds_bad_golds.jsonl", "selection.jsonl"]
     for name in names:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
