@@ -247,6 +247,9 @@ class TestARun:
         assert told["iterations"][1]["benchmarks"] == scores(run, 2)["benchmarks"]
         assert told["control"]["benchmarks"] == scores(run, 0, "3-control-evaluate")["benchmarks"]
         assert "6 benchmarks: selfimprove status run --json" in selfimprove("status", "run").out
+        page = Path(selfimprove("report", "run").out.strip()).read_text()
+        assert '<h2 id="benchmarks">' in page
+        assert all(f"<caption>{name}</caption>" in page for name in told["base"]["benchmarks"])
 
     def test_files_enter_keys_by_their_content(self, run, tmp_path, monkeypatch):
         shutil.copytree(run.parent.parent, tmp_path / "copy", symlinks=True)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from selfimprove.evaluation import splits
@@ -27,6 +28,7 @@ class Evaluation(NamedTuple):
     scores: Mapping[str, Mapping[str, Any]]  # by mode: value, ci95, n
     comparisons: Mapping[str, Mapping[str, Any]]
     by_prompt: Mapping[str, Mapping[str, float]]  # by mode: the mean score of each prompt's answers
+    benchmarks: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # by name: kind, value, ci95, n, comparisons
 
 
 class Point(NamedTuple):
@@ -48,7 +50,10 @@ def _evaluation(root: Path, step: Step) -> Evaluation:
     told = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
     label, short, kind = _called(step)
     by_prompt = {mode: per_prompt(directory, mode) for mode in told["scores"]}
-    return Evaluation(label, short, kind, step.iteration, directory, told["scores"], told["comparisons"], by_prompt)
+    return Evaluation(
+        label, short, kind, step.iteration, directory, told["scores"], told["comparisons"], by_prompt,
+        told.get("benchmarks", {}),
+    )  # fmt: skip
 
 
 def _called(step: Step) -> tuple[str, str, Literal["base", "sft", "round", "control"]]:

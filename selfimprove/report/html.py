@@ -67,6 +67,7 @@ def content(run: Run, recipe: Recipe) -> dict[str, Any]:
         "modes": modes,
         "evaluations": found,
         "best": _best(run),
+        "benchmarks": list(dict.fromkeys(name for one in found for name in one.benchmarks)),
         "score_charts": {mode: charts.scores(f"scores-{mode}", _marks(found, mode)) for mode in modes},
         "matrices": {mode: told for mode in modes if (told := matrix(found, mode))},
         "gates": gates,
