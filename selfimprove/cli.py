@@ -289,13 +289,24 @@ def verify(run: RunName, as_json: AsJson = False) -> None:
 def report(
     run: RunName,
     out: Annotated[Optional[Path], typer.Option(help="File to write; runs/RUN/report.html otherwise.")] = None,
+    encoder: Annotated[
+        Optional[str],
+        typer.Option(metavar="PATH", help="A text encoder, directory or hub id: also measure how alike texts are."),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run."""
     from selfimprove.report import html
 
     found, chosen = _open(run)
+    encode = None
+    if encoder is not None:
+        from selfimprove.engine.encoder import Encoder
+        from selfimprove.models import locate_model
+
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        encode = Encoder(locate_model(encoder))
     path = out or found.path / "report.html"
-    path.write_text(html.render(found, chosen), encoding="utf-8")
+    path.write_text(html.render(found, chosen, encode), encoding="utf-8")
     print(path)
 
 

@@ -36,8 +36,8 @@ CURVES = {  # figure: its metrics, and what to see in it
 }
 
 
-def render(run: Run, recipe: Recipe) -> str:
-    """The page."""
+def render(run: Run, recipe: Recipe, encode: facts.Encode | None = None) -> str:
+    """The page; an encoder of texts measures how alike prompts and answers are in meaning."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
     )
@@ -45,10 +45,10 @@ def render(run: Run, recipe: Recipe) -> str:
         environment.filters[name] = getattr(figures, name)
     environment.filters |= {"cut": cut, "mark": samples.mark, "pieces": pieces}
     template = environment.from_string((HERE / "report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(content(run, recipe))
+    return template.render(content(run, recipe, encode))
 
 
-def content(run: Run, recipe: Recipe) -> dict[str, Any]:
+def content(run: Run, recipe: Recipe, encode: facts.Encode | None = None) -> dict[str, Any]:
     """What the template is given."""
     examined = plan.examine(run, recipe)
     found = evidence.evaluations(run.path, examined)
@@ -71,7 +71,7 @@ def content(run: Run, recipe: Recipe) -> dict[str, Any]:
         "score_charts": {mode: charts.scores(f"scores-{mode}", _marks(found, mode)) for mode in modes},
         "matrices": {mode: told for mode in modes if (told := matrix(found, mode))},
         "gates": gates,
-        "health": panel(facts.gather(run, recipe)),
+        "health": panel(facts.gather(run, recipe, encode)),
         "audit_rounds": list(audits),
         "audit": tables.audit(audits),
         "judges": tables.judges(audits),
