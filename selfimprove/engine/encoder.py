@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfimprove.engine.batching import by_length
 from selfimprove.engine.checkpoints import check_weights
 from selfimprove.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-BATCH = 64  # texts
+CHARACTERS = 1 << 15  # of a batch, padding included
 LONGEST = 512  # tokens of a text that are read
 
 
@@ -45,10 +46,8 @@ class Encoder:
         import numpy as np
         import torch
 
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths: less padding
         found: dict[int, Any] = {}
-        for start in range(0, len(order), BATCH):
-            some = order[start : start + BATCH]
+        for some in by_length([max(1, len(text)) for text in texts], CHARACTERS):
             read = self._tokenizer(
                 [texts[i] or " " for i in some],
                 padding=True,

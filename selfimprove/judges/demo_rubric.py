@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from selfimprove.demo import world
-from selfimprove.judges.protocol import Candidate, Opinion, Panel
+from selfimprove.judges.protocol import Candidate, Opinion, Panel, squeezed
 
 
 def demo_rubric(
@@ -27,7 +27,7 @@ def demo_rubric(
         if right is None:
             opinions.append(Opinion(None, "prompt outside the grammar"))
             continue
-        error = random.Random(f"{candidate.prompt}\n{' '.join(candidate.text.split())}").gauss(0, noise)
+        error = random.Random(f"{candidate.prompt}\n{squeezed(candidate.text)}").gauss(0, noise)
         score = 50 + gap * (float(right) - 0.5) + error
         opinions.append(Opinion(float(min(100, max(0, 5 * round(score / 5))))))
     return opinions

@@ -119,6 +119,11 @@ class Panel(Protocol):
         """The logit that the first of two answers to a prompt is better, by a two-answer encoder."""
 
 
+def squeezed(text: str) -> str:
+    """A text up to white space."""
+    return " ".join(text.split())
+
+
 def candidate(row: Generation, answer: str | None = None) -> Candidate:
     """A completion as judges see it."""
     return Candidate(

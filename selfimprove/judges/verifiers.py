@@ -13,7 +13,7 @@ from selfimprove.constraints import language
 from selfimprove.demo import world
 from selfimprove.errors import UserError
 from selfimprove.judges import numeric, programs
-from selfimprove.judges.protocol import Candidate, Opinion, Panel
+from selfimprove.judges.protocol import Candidate, Opinion, Panel, squeezed
 from selfimprove.judges.schemas import schema_checker
 from selfimprove.judges.users import load, source
 
@@ -104,11 +104,7 @@ def _demo_world(candidate: Candidate) -> Opinion:
 def _exact(candidate: Candidate) -> Opinion:
     if candidate.answer is None:
         return NO_ANSWER
-    return Opinion(float(_squeezed(candidate.text) == _squeezed(candidate.answer)))
-
-
-def _squeezed(text: str) -> str:
-    return " ".join(text.split())
+    return Opinion(float(squeezed(candidate.text) == squeezed(candidate.answer)))
 
 
 def _regex(pattern: str | None) -> Check:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from selfimprove.judges.protocol import Candidate, Opinion, Panel
+from selfimprove.judges.protocol import Candidate, Opinion, Panel, squeezed
 from selfimprove.recipe import Choice
 
 
@@ -15,14 +15,14 @@ def self_consistency(
     votes: dict[str, Counter[str]] = {}
     for candidate in candidates:
         if candidate.source == voters:
-            votes.setdefault(candidate.prompt_id, Counter())[_squeezed(candidate.text)] += 1
+            votes.setdefault(candidate.prompt_id, Counter())[squeezed(candidate.text)] += 1
     opinions = []
     for candidate in candidates:
         ballots = votes.get(candidate.prompt_id)
         if not ballots:
             opinions.append(Opinion(None, f"no sample of {voters} votes on this prompt"))
         else:
-            opinions.append(Opinion(ballots[_squeezed(candidate.text)] / ballots.total()))
+            opinions.append(Opinion(ballots[squeezed(candidate.text)] / ballots.total()))
     return opinions
 
 
@@ -67,7 +67,3 @@ def _ranks(opinions: Sequence[Opinion], groups: Iterable[Sequence[int]]) -> list
             below = sum((own > other) + 0.5 * (own == other) for j, other in known.items() if j != i)
             found[i] = opinions[i]._replace(score=below / (len(known) - 1) if len(known) > 1 else 0.5)
     return found
-
-
-def _squeezed(text: str) -> str:
-    return " ".join(text.split())

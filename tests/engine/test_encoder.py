@@ -18,7 +18,7 @@ TEXTS = ["melon shirt rope", "a", "", "reverse order: rope shirt melon. Use comm
 
 
 def test_a_vector_is_the_mean_of_the_last_hidden_states(monkeypatch):
-    monkeypatch.setattr(encoder, "BATCH", 4)
+    monkeypatch.setattr(encoder, "CHARACTERS", 60)
     found = encoder.Encoder(MODEL)(TEXTS)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     model = transformers.AutoModel.from_pretrained(MODEL, dtype=torch.float32).eval()
