@@ -4,6 +4,7 @@ stdout is data, stderr is talk. Exit codes: 0 done, 1 user error, 2 usage, 3 the
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -108,6 +109,7 @@ def _go(name: str, chosen: Any) -> None:
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own display says what goes on
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for kernels on the hub, which we do not use
     talk = Console(stderr=True)
     found = running.place(RUNS, name)
     try:

@@ -233,8 +233,9 @@ def remembered(
         journal.put(keys[missing[number]], msgspec.msgpack.encode(completions))
         progress(len(found), len(requests))
 
-    progress(len(found), len(requests))
-    if missing:
+    if not missing:
+        progress(len(found), len(requests))
+    else:  # the first that ends says so: an engine that is still starting would spoil the rate
         open_engine().generate([requests[i] for i in missing], sampling, finished)
     return [found[i] for i in range(len(requests))]
 

@@ -267,3 +267,17 @@ def test_nothing_to_score_is_no_error(mode, tree):
     totals.sum().backward()
     assert not any(g.any() for g in gradients(scorer.model).values())
     assert scorer(scorer.pack([EMPTY])).logps.shape == (1,)
+
+
+def test_memory_that_runs_out_in_the_self_test_is_told_and_no_reason_to_pad(monkeypatch):
+    scorer = Scorer(build("llama tied"))
+    real = Scorer.__call__
+
+    def full(self, packed):
+        if self.mode == "packed":
+            raise torch.OutOfMemoryError("out of memory")
+        return real(self, packed)
+
+    monkeypatch.setattr(Scorer, "__call__", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_mode(scorer, TREES)
