@@ -30,6 +30,15 @@ demo = typer.Typer(help="The embedded default: its data and its base model.", no
 app.add_typer(demo, name="demo")
 app.add_typer(score, name="score")
 
+Settings = Annotated[
+    Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe, again and again.")
+]
+From = Annotated[
+    Optional[str],
+    typer.Option("--from", metavar="STAGE", help="Make this stage (as 2/label) and all that is made from it anew."),
+]
+Until = Annotated[Optional[str], typer.Option(metavar="STAGE", help="Stop after this stage.")]
+Only = Annotated[Optional[str], typer.Option(metavar="STAGE", help="Make just this stage.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in ./runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -63,9 +72,10 @@ def iterate(
     ] = None,
     seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of the run.")] = None,
     engine: Annotated[Optional[str], typer.Option(help="vllm, transformers or fake.")] = None,
-    settings: Annotated[
-        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe, again and again.")
-    ] = None,
+    settings: Settings = None,
+    again: From = None,
+    until: Until = None,
+    only: Only = None,
 ) -> None:
     """Improve a model over numbered iterations; go on where an earlier call stopped."""
     from selfimprove import recipe_file
@@ -73,7 +83,7 @@ def iterate(
     overrides = [f"{key}={json.dumps(value)}" for key, value in _given(rounds, model, seed, engine).items()]
     chosen = recipe_file.load(recipe_file.find(recipe), [*overrides, *(settings or [])])
     chosen = recipe_file.absolute(chosen)
-    _go(chosen.name if run is None else run, chosen)
+    _go(chosen.name if run is None else run, chosen, again, until, only)
 
 
 def _given(rounds: int | None, model: str | None, seed: int | None, engine: str | None) -> dict[str, Any]:
@@ -82,24 +92,12 @@ def _given(rounds: int | None, model: str | None, seed: int | None, engine: str 
 
 
 @app.command()
-def resume(
-    run: RunName,
-    again: Annotated[
-        Optional[str],
-        typer.Option(metavar="STAGE", help="First set aside this stage (iter-002/3-label) and all that follows it."),
-    ] = None,
-) -> None:
-    """Finish a run that was stopped, killed or failed."""
-    from selfimprove import run as running
-
-    found, chosen = _open(run)
-    if again:
-        for name in running.set_aside(found, chosen, again):
-            print(f"set aside {name}", file=sys.stderr)
-    _go(run, chosen)
+def resume(run: RunName, again: From = None, until: Until = None, only: Only = None) -> None:
+    """Finish a run that was stopped, killed or failed, or make a part of it."""
+    _go(run, _open(run)[1], again, until, only)
 
 
-def _go(name: str, chosen: Any) -> None:
+def _go(name: str, chosen: Any, again: str | None, until: str | None, only: str | None) -> None:
     from rich.console import Console
 
     from selfimprove import run as running
@@ -112,15 +110,28 @@ def _go(name: str, chosen: Any) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for kernels on the hub, which we do not use
     talk = Console(stderr=True)
     found = running.place(RUNS, name)
+    selection = running.select(chosen, again, until, only)
+    if again and not found.exists():
+        raise UserError(f"run '{name}' has nothing yet that --from could set aside", "leave --from out")
     try:
         with terminal.Watcher(talk) as watcher, Engines() as engines:
-            outcome = running.iterate(found, chosen, watcher, sys.argv[1:], engines)
+            outcome = running.iterate(
+                found,
+                chosen,
+                watcher,
+                sys.argv[1:],
+                engines,
+                selection=selection,
+                tell=lambda sentence: talk.print(sentence, highlight=False, soft_wrap=True),
+            )
     except KeyboardInterrupt:
         talk.print(f"\nstopped; selfimprove resume {name} goes on after the last finished stage", highlight=False)
         raise typer.Exit(130) from None
     Console().print(terminal.evaluations(summary(found, chosen)))
     if outcome.made:
         talk.print(f"{outcome.made} stages in {outcome.seconds:.0f} s, in {found.path}", highlight=False)
+    elif until or only:
+        talk.print(f"run '{name}': {until or only} is made already", highlight=False, markup=False)
     else:
         talk.print(f"run '{name}' is finished: nothing to do", highlight=False)
 
@@ -207,9 +218,7 @@ def plan(
 @app.command()
 def check(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a TOML file.")],
-    settings: Annotated[
-        Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe, again and again.")
-    ] = None,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a recipe, its data and its model, and rehearse the first training step; needs no GPU."""
@@ -281,7 +290,7 @@ def verify(run: RunName, as_json: AsJson = False) -> None:
             print(sentence)
         print(f"{files} files checked, {len(broken)} broken")
         if broken:
-            hint = "selfimprove resume RUN --again iter-NNN/STAGE makes a broken stage and what follows anew"
+            hint = "selfimprove resume RUN --from NUMBER/STAGE makes a broken stage and what follows anew"
             print(f"\nhint: {hint}", file=sys.stderr)
     if broken:
         raise typer.Exit(3)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from selfimprove import chat, data, judges
+from selfimprove import chat, data, judges, reasons
 from selfimprove.errors import UserError
 from selfimprove.evaluation import lm_harness
 from selfimprove.models import locate_model
@@ -34,6 +34,7 @@ CONTROL_EVALUATE, SFT_EVALUATE = (
     "5-sft-evaluate",
 )  # the evaluations of iteration 0 beside the base's
 INITIAL = "initial"  # the source name of the model a run starts from
+TEMPLATES = "templates"  # folder of the run with the texts of templates, by their hash
 
 
 class Step(NamedTuple):
@@ -189,7 +190,7 @@ class Sources:
     def __init__(self, run: Run, recipe: Recipe) -> None:
         self.run = run
         self.recipe = recipe
-        self._files = {
+        self.files = {
             "seeds": recipe.data.seeds,
             "corpus": recipe.data.corpus,
             "heldout": recipe.data.heldout,
@@ -197,13 +198,21 @@ class Sources:
             **{name: path for one in recipe.evaluate.benchmarks or [] for name, path in one.files.items()},
         }
         self._digests: dict[str, str] = {}
+        self._manifests: dict[str, Manifest | None] = {}
+        self._templates: dict[str, str] = {}
+
+    def manifest(self, directory: str) -> Manifest | None:
+        """The manifest of an artifact of the run, read once."""
+        if directory not in self._manifests:
+            self._manifests[directory] = read_manifest(self.run.path / directory)
+        return self._manifests[directory]
 
     def resolve(self, source: str) -> str | None:
         """What a gate has decided in the place of `next:` and `best:`; None while it has not."""
         which, _, directory = source.partition(":")
         if which not in ("next", "best"):
             return source
-        if read_manifest(self.run.path / directory) is None:
+        if self.manifest(directory) is None:
             return None
         told = read_json(self.run.path / directory / gate.FILE)
         iteration = told["goes_on_from"] if which == "next" else told["best"]
@@ -241,8 +250,8 @@ class Sources:
             if ":" in name:
                 what, *_, benchmark = name.split(":")
                 key = f"{benchmark}.{'answers' if what == 'answers' else 'path'}"
-                return data.locate(self._files[name], key, "evaluate.benchmarks")
-            return data.locate(self._files[name], name)
+                return data.locate(self.files[name], key, "evaluate.benchmarks")
+            return data.locate(self.files[name], name)
         return self.run.path / source
 
     def digest(self, source: str) -> str | None:
@@ -259,7 +268,7 @@ class Sources:
                     return None
             return self._digests[source]
         iteration, name, *inside = source.split("/")
-        manifest = read_manifest(self.run.path / iteration / name)
+        manifest = self.manifest(f"{iteration}/{name}")
         if manifest is None:
             return None
         if not inside:  # metrics hold what was measured of the machine; no stage reads them
@@ -269,6 +278,12 @@ class Sources:
         }
         return key_of({name: files[name] for name in files if is_model_file(name)})  # = model_identity of the directory
 
+    def template(self, name: str) -> str:
+        """Content hash of a prompt template, read once."""
+        if name not in self._templates:
+            self._templates[name] = sha256(chat.template_path(name))
+        return self._templates[name]
+
     def _content(self, source: str) -> str:
         """Content hash of what is outside the run; of a task of lm-evaluation-harness with all files it is made of."""
         path = self.path(source)
@@ -277,34 +292,96 @@ class Sources:
         return key_of({str(i): remembered_digest(self.run, one) for i, one in enumerate(lm_harness.task(path).files)})
 
 
-def examine(run: Run, recipe: Recipe) -> list[Examined]:
-    """Every step of the run: done, to do, or stale and why."""
+def find_step(recipe: Recipe, text: str) -> Step:
+    """The step that a user calls `2/label`, `2/3-label` or `iter-002/3-label`.
+
+    Raises:
+        UserError: none is called so; the hint has the names.
+    """
+    found = re.fullmatch(r"(?:iter-)?(\d+)/((?:\d+-)?[a-z-]+)", text)
+    every = list(steps(recipe))
+    for step in every:
+        if found and step.iteration == int(found[1]) and found[2] in (step.name, step.name.partition("-")[2]):
+            return step
+    base = ", ".join(called(step) for step in every if step.iteration == BASE)
+    rounds = f"1/ to {recipe.rounds}/" if recipe.rounds > 1 else "1/"
+    raise UserError(f"no stage '{text}'", f"stages: {base}; {rounds} {', '.join(recipe.stages)}; for example 1/label")
+
+
+def called(step: Step) -> str:
+    """What a user calls a step: `2/label`."""
+    return f"{step.iteration}/{step.name.partition('-')[2]}"
+
+
+def dependents(recipe: Recipe, step: Step) -> list[Step]:
+    """A step and whatever is made from it, in order."""
+    affected = {step.directory}
+    found = []
+    for one in steps(recipe):  # in order, so that dependents of dependents are found in one pass
+        if one.directory in affected or upstream(one) & affected:
+            affected.add(one.directory)
+            found.append(one)
+    return found
+
+
+def examine(run: Run, recipe: Recipe, again: Step | None = None) -> list[Examined]:
+    """Every step of the run: done, to do, or stale and why; `again` is one that is to be made again in any case."""
     sources = Sources(run, recipe)
     found: list[Examined] = []
     waiting: set[str] = set()  # artifacts that will be made again
     for step in steps(recipe):
-        manifest = read_manifest(run.path / step.directory)
+        manifest = sources.manifest(step.directory)
         pending = sorted(upstream(step) & waiting)
-        ingredients = None if pending else ingredients_of(step, recipe, sources)
+        seen = seen_by(step, recipe, sources)
+        ingredients = None if pending or _gaps(seen) else seen
         directory = run.path / step.directory
-        if manifest is None and directory.exists():
-            status, reason = "stale", "its manifest.json is missing"
-        elif manifest is None:
-            status, reason = "to do", f"after {pending[0]}" if pending else "not made yet"
-        elif missing := missing_outputs(directory, manifest):
-            status, reason = "stale", f"{missing[0]} is missing or was altered"
-        elif ingredients is None:
-            status, reason = "stale", f"{pending[0]} will be made again" if pending else "its input is gone"
-        elif key_of(ingredients) == manifest.key:
-            status, reason = "done", ""
+        if manifest is None:
+            gone = directory.exists()
+            status = "stale" if gone else "to do"
+            why = ["its manifest.json is missing"] if gone else [f"after {pending[0]}" if pending else "not made yet"]
         else:
-            status, reason = "stale", "; ".join(changes(manifest.ingredients, ingredients))
+            why = list(_why(step, recipe, sources, manifest, seen, pending))
+            if again and again.directory == step.directory:
+                why.insert(0, f"--from {called(step)}")
+            status = "stale" if why else "done"
         if status != "done":
             waiting.add(step.directory)
-        found.append(Examined(step, status, reason, ingredients, manifest))  # type: ignore[arg-type]
+        found.append(Examined(step, status, "; ".join(why), ingredients, manifest))  # type: ignore[arg-type]
         if status == "done" and stops(run, step):
             break
     return found
+
+
+def _why(
+    step: Step, recipe: Recipe, sources: Sources, manifest: Manifest, seen: dict[str, Any], pending: list[str]
+) -> Iterator[str]:
+    """Every reason why an artifact is not what the recipe makes; none where it is."""
+    directory = sources.run.path / step.directory
+    if missing := missing_outputs(directory, manifest):
+        more = f" (and {len(missing) - 1} more of its files)" if len(missing) > 1 else ""
+        yield f"{missing[0]} is missing or was altered{more}"
+    elsewhere = {
+        name: source
+        for name, source in (step.inputs | step.models).items()
+        if not {source_directory(source)} & set(pending)
+    }
+    if pending or _gaps(seen) or key_of(seen) != manifest.key:
+        known = reasons.Known(
+            stage=step.stage.__name__.rpartition(".")[2],
+            files=sources.files,
+            model=recipe.model.path,
+            texts=sources.run.path / TEMPLATES,
+            sources=elsewhere,
+        )
+        yield from reasons.of(manifest.ingredients, seen, known)
+    if pending:
+        more = f" and {len(pending) - 3} more" if len(pending) > 3 else ""
+        yield f"{', '.join(pending[:3])}{more} will be made again"
+
+
+def _gaps(seen: dict[str, Any]) -> bool:
+    """Whether an input of a step is not there."""
+    return None in seen["inputs"].values() or None in seen["models"].values()
 
 
 def stops(run: Run, step: Step) -> bool:
@@ -314,16 +391,24 @@ def stops(run: Run, step: Step) -> bool:
 
 def upstream(step: Step) -> set[str]:
     """The directories of the artifacts that a step reads."""
-    sources = [*step.inputs.values(), *step.models.values()]
-    return {"/".join(source.removeprefix("next:").removeprefix("best:").split("/")[:2]) for source in sources}
+    return {source_directory(source) for source in [*step.inputs.values(), *step.models.values()]}
+
+
+def source_directory(source: str) -> str:
+    """The artifact that a source is of, or is decided by; of what is outside the run, the source itself."""
+    return "/".join(source.removeprefix("next:").removeprefix("best:").split("/")[:2])
 
 
 def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, Any] | None:
     """Everything a stage can see, readable; its hash is the artifact's key. None while an input is missing."""
+    seen = seen_by(step, recipe, sources)
+    return None if _gaps(seen) else seen
+
+
+def seen_by(step: Step, recipe: Recipe, sources: Sources) -> dict[str, Any]:
+    """The same, with None as the digest of an input or model that is not there."""
     inputs = {name: sources.digest(source) for name, source in step.inputs.items()}
     models = {name: sources.digest(source) for name, source in step.models.items()}
-    if None in inputs.values() or None in models.values():
-        return None
     files = {
         name: sha256(path) if path.is_file() else "missing"
         for choice in _choices(step.section)
@@ -339,7 +424,7 @@ def ingredients_of(step: Step, recipe: Recipe, sources: Sources) -> dict[str, An
         "seed": recipe.seed,
         "section": _told(step.section),
         "engine": recipe.engine.model_dump() if step.samples else {},
-        "templates": {name: sha256(chat.template_path(name)) for name in templates},
+        "templates": {name: sources.template(name) for name in templates},
         "inputs": inputs,
         "models": models,
     } | {name: what for name, what in optional.items() if what}
@@ -369,17 +454,13 @@ def _choices(section: Section) -> Iterator[Choice]:
                 yield from _choices(one)
 
 
-def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two sets of ingredients, in words."""
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        a, b, label = old.get(name), new.get(name), f"{prefix}{name}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += changes(a, b, f"{label}.")
-        elif a != b:
-            hashed = isinstance(a, str) and isinstance(b, str) and re.fullmatch(r"[0-9a-f]{64}", a)
-            found.append(f"{label} changed" if hashed else f"{label} {a} -> {b}")
-    return found
+def keep_templates(run: Run, ingredients: dict[str, Any]) -> None:
+    """Keep the texts of the templates that a stage is made with, so that a later change can be shown by its lines."""
+    for name, digest in ingredients["templates"].items():
+        kept = run.path / TEMPLATES / digest
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            write_atomically(kept, chat.template_path(name).read_bytes().decode("utf-8"))
 
 
 def remembered_digest(run: Run, path: Path) -> str:

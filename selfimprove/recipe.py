@@ -498,6 +498,8 @@ class Recipe(Section):
         Raises:
             UserError: the schedule makes something of it that is no recipe.
         """
+        if not self.schedule:
+            return self
         table = self.model_dump(exclude_none=True, exclude={"schedule"})
         for change in self.schedule:
             if change.first <= iteration <= (change.last or iteration):

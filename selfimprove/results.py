@@ -82,7 +82,7 @@ def whole(run: Run, step: Step) -> Manifest:
     if missing := missing_outputs(directory, manifest):
         raise UserError(
             f"{step.directory}/{missing[0]} of run '{run.name}' is missing or was altered",
-            f"selfimprove resume {run.name} --again {step.directory}",
+            f"selfimprove resume {run.name} --from {step.directory}",
         )
     return manifest
 

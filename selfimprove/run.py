@@ -11,7 +11,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +21,21 @@ from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
 from selfimprove.models import is_hub_id, locate_model
-from selfimprove.plan import INITIAL, Sources, Step, examine, ingredients_of, steps, stops, upstream
+from selfimprove.plan import (
+    INITIAL,
+    Examined,
+    Sources,
+    Step,
+    called,
+    dependents,
+    examine,
+    find_step,
+    ingredients_of,
+    keep_templates,
+    steps,
+    stops,
+    upstream,
+)
 from selfimprove.preflight import check
 from selfimprove.recipe import Recipe
 from selfimprove.stages.io import StageIO
@@ -43,6 +57,53 @@ class Display(Protocol):
 
     def stopping(self) -> None:
         """The user asked to stop; the run ends at its next safe point."""
+
+
+class Selection(NamedTuple):
+    """The part of a run that is asked for; all of it where nothing is said."""
+
+    again: Step | None = None  # it and whatever is made from it is set aside first
+    until: Step | None = None  # the last one that is made
+    only: Step | None = None  # the only one that is made
+
+    def of(self, examined: Sequence[Examined]) -> list[Examined]:
+        """The steps that are asked for, in order.
+
+        Raises:
+            UserError: a gate has ended the run before the step that is asked for.
+        """
+        last = self.only or self.until
+        if last is None:
+            return list(examined)
+        directories = [one.step.directory for one in examined]
+        if last.directory not in directories:
+            raise UserError(f"a gate ended the run before {last.directory}", "selfimprove gate RUN says why")
+        end = directories.index(last.directory) + 1
+        return list(examined[end - 1 if self.only else 0 : end])
+
+
+WHOLE = Selection()
+
+
+def select(chosen: Recipe, again: str | None, until: str | None, only: str | None) -> Selection:
+    """The part of a run that a user names, by stages as plan.find_step reads them.
+
+    Raises:
+        UsageError: names that do not go together.
+        UserError: a stage that the recipe does not have.
+    """
+    if only and (again or until):
+        raise UsageError(
+            "--only goes with neither --from nor --until",
+            f"--from {only} --until {only} makes a stage anew, and no other",
+        )
+    found = Selection(*(find_step(chosen, name) if name else None for name in (again, until, only)))
+    order = [step.directory for step in steps(chosen)]
+    if found.again and found.until and order.index(found.again.directory) > order.index(found.until.directory):
+        raise UsageError(
+            f"--until {called(found.until)} comes before --from {called(found.again)}", "exchange them, or drop one"
+        )
+    return found
 
 
 class Outcome(NamedTuple):
@@ -87,11 +148,26 @@ def begin(run: Run, chosen: Recipe, command: list[str]) -> None:
 
 
 def iterate(
-    run: Run, chosen: Recipe, display: Display, command: list[str], engines: Engines, siblings: Sequence[Path] = ()
+    run: Run,
+    chosen: Recipe,
+    display: Display,
+    command: list[str],
+    engines: Engines,
+    siblings: Sequence[Path] = (),
+    selection: Selection = WHOLE,
+    tell: Callable[[str], None] = lambda sentence: None,
 ) -> Outcome:
     """Make whatever of the run is not made yet, up to the recipe's number of rounds.
 
-    What one of the siblings, directories of other runs, has published under the same key is not made again but linked.
+    Args:
+        run: is begun where it does not exist.
+        chosen: its recipe.
+        display: follows it.
+        command: what the user typed, for run.json.
+        engines: those that are open stay so.
+        siblings: directories of other runs; what they have published under the same key is linked, not made again.
+        selection: the part of the run that is asked for.
+        tell: hears what was set aside.
 
     Raises:
         UserError: something the user can mend; nothing half-written is left.
@@ -102,12 +178,18 @@ def iterate(
         run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
         begin(run, chosen, command)
-        todo = [e for e in examine(run, chosen) if e.status != "done"]
+        if selection.again:
+            for name in _move_aside(run, chosen, selection.again):
+                tell(f"set aside {name}")
+        examined_all = examine(run, chosen)
+        todo = [e for e in selection.of(examined_all) if e.status != "done"]
         if stale := next((e for e in todo if e.status == "stale"), None):
             raise UserError(
                 f"{stale.step.directory} is not what this recipe makes: {stale.reason}",
-                f"selfimprove resume {run.name} --again {stale.step.directory} makes it and what follows anew",
+                f"selfimprove resume {run.name} --from {called(stale.step)} makes it and what follows anew",
             )
+        if selection.only and todo:
+            _fed(run, selection.only, examined_all)
         known = recipe_file.load(run.recipe_file)
         longest = chosen.model_copy(update={"rounds": max(known.rounds, chosen.rounds)})
         if longest != known:  # more rounds, or other machine settings
@@ -184,6 +266,7 @@ def execute(
         servers={name: chosen.servers[name] for name in step.servers},
         progress=progress,
     )
+    keep_templates(run, ingredients)
     try:
         manifest = adopt(out, key_of(ingredients), [sibling / step.directory for sibling in siblings])
         if manifest is None:
@@ -212,29 +295,47 @@ def adopt(out: Artifact, key: str, published: Sequence[Path]) -> Manifest | None
     return None
 
 
-def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:
-    """Move a stage's artifact and whatever was made from it out of the way, into `aside/`; returns what was moved."""
-    every = list(steps(chosen))
-    if directory not in [step.directory for step in every]:
-        known = ", ".join(step.directory for step in every)
-        raise UserError(f"run '{run.name}' has no stage '{directory}'", f"stages: {known}")
-    affected = {directory}
-    for step in every:  # in order, so that dependents of dependents are found in one pass
-        if upstream(step) & affected:
-            affected.add(step.directory)
+def _fed(run: Run, step: Step, examined: Sequence[Examined]) -> None:
+    """Refuse to make a stage alone whose inputs are not made.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    lacking = [e for e in examined if e.step.directory in upstream(step) and e.status != "done"]
+    if lacking:
+        first = lacking[0]
+        state = "not made yet" if first.status == "to do" else "stale"
+        raise UserError(
+            f"{step.directory} is made from {first.step.directory}, which is {state}",
+            f"selfimprove resume {run.name} --until {called(step)}",
+        )
+
+
+def set_aside(run: Run, chosen: Recipe, stage: str) -> list[str]:
+    """Move a stage's artifact and whatever was made from it out of the way, into `aside/`; returns what was moved.
+
+    Raises:
+        UserError: no such stage, or another one is stale that would stand in the way.
+    """
+    step = find_step(chosen, stage)
+    with run.lock():
+        return _move_aside(run, chosen, step)
+
+
+def _move_aside(run: Run, chosen: Recipe, step: Step) -> list[str]:
+    affected = [one.directory for one in dependents(chosen, step)]
     others = [e for e in examine(run, chosen) if e.status == "stale" and e.step.directory not in affected]
     if others:
         raise UserError(
-            f"{others[0].step.directory} is stale too ({others[0].reason}), and is not made from {directory}",
-            f"begin there: selfimprove resume {run.name} --again {others[0].step.directory}",
+            f"{others[0].step.directory} is stale too ({others[0].reason}), and is not made from {step.directory}",
+            f"begin there: selfimprove resume {run.name} --from {called(others[0].step)}",
         )
-    with run.lock():
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        aside = run.path / "aside" / f"{stamp}-{len(list(run.path.glob('aside/*'))) + 1}"
-        moved = [s.directory for s in every if s.directory in affected and (run.path / s.directory).exists()]
-        for name in moved:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(run.path / name, aside / name)
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    aside = run.path / "aside" / f"{stamp}-{len(list(run.path.glob('aside/*'))) + 1}"
+    moved = [name for name in affected if (run.path / name).exists()]
+    for name in moved:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(run.path / name, aside / name)
     return moved
 
 

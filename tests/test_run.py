@@ -222,32 +222,32 @@ class TestStale:
         }
         assert planned[1, "3-label"] == ("done", "")
         assert planned[1, "4-train"][0] == "stale"
-        assert "section.loss.beta" in planned[1, "4-train"][1]
+        assert "train.loss.beta 2.0 -> 12.0" in planned[1, "4-train"][1]
         assert planned[1, "5-evaluate"] == ("stale", "iter-001/4-train will be made again")
         result = selfimprove("resume", "fake")
         assert result.code == 1
-        assert "iter-001/4-train is not what this recipe makes: section.loss.beta" in result.err
-        assert "--again iter-001/4-train" in result.err
+        assert "iter-001/4-train is not what this recipe makes: train.loss.beta 2.0 -> 12.0" in result.err
+        assert "--from 1/train" in result.err
 
     def test_again_sets_aside_and_makes_anew(self, fake_run):
         before = keys(fake_run)
-        result = selfimprove("resume", "fake", "--again", "iter-002/3-label")
+        result = selfimprove("resume", "fake", "--from", "iter-002/3-label")
         assert result.code == 0, result.err
         assert keys(fake_run) == before
         aside = sorted(p.name for p in fake_run.glob("aside/*/iter-002/*"))
         assert aside == ["3-label", "4-train", "5-evaluate"]
-        result = selfimprove("resume", "fake", "--again", "iter-000/2-control")
+        result = selfimprove("resume", "fake", "--from", "iter-000/2-control")
         assert result.code == 0, result.err
         assert sorted(p.name for p in fake_run.glob("aside/*/iter-000/*")) == ["2-control", "3-control-evaluate"]
         assert not list(fake_run.glob("aside/*/iter-001"))  # what was not made from it stays
-        assert selfimprove("resume", "fake", "--again", "iter-002/9-label").code == 1
+        assert selfimprove("resume", "fake", "--from", "iter-002/9-label").code == 1
 
     def test_a_changed_input_file_is_named(self, cut_data):
         assert selfimprove("iterate", "--run", "r", *TINY).code == 0
         with Path("seeds.jsonl").open("a") as file:
             file.write('{"prompt": "Sort: b a.", "completion": "a b"}\n')
         planned = {p["stage"]: p["why"] for p in json.loads(selfimprove("plan", "r", "--json").out)}
-        assert planned["1-synthesize"] == "inputs.seeds changed"
+        assert planned["1-synthesize"] == f"data.seeds changed ({Path('seeds.jsonl').resolve()})"
 
     def test_a_changed_function_of_the_users_own_is_named(self, cut_data):
         file = Path("graders_of_a_run.py")
@@ -258,7 +258,7 @@ class TestStale:
         assert {p["plan"] for p in json.loads(selfimprove("plan", "r", "--json").out)} == {"done"}
         file.write_text("def grade(prompt, completion, answer):\n    return 0.0\n")
         planned = {p["stage"]: p["why"] for p in json.loads(selfimprove("plan", "r", "--json").out)}
-        assert planned["3-label"] == "files.graders_of_a_run:grade changed"
+        assert planned["3-label"] == "file of graders_of_a_run:grade changed"
         assert planned["2-generate"] == ""
 
     def test_a_changed_stage_version_is_named(self, fake_run, monkeypatch):
@@ -269,7 +269,7 @@ class TestStale:
         planned = {
             (p["iteration"], p["stage"]): p["why"] for p in json.loads(selfimprove("plan", "fake", "--json").out)
         }
-        assert planned[1, "3-label"] == f"version {was} -> 99"
+        assert planned[1, "3-label"] == f"version of stage label {was} -> 99"
 
     def test_a_changed_template_is_named(self, fake_run, monkeypatch, tmp_path):
         from selfimprove import chat
@@ -281,7 +281,7 @@ class TestStale:
         planned = {
             (p["iteration"], p["stage"]): p["why"] for p in json.loads(selfimprove("plan", "fake", "--json").out)
         }
-        assert planned[1, "1-synthesize"] == "templates.synthesize changed"
+        assert planned[1, "1-synthesize"] == "template synthesize.jinja changed: line 1"
 
     def test_a_run_whose_seed_file_is_gone_can_still_be_looked_at(self, cut_data):
         assert selfimprove("iterate", "--run", "r", *TINY).code == 0
@@ -303,16 +303,16 @@ class TestStale:
         assert f"{name} is missing" in planned[1, "3-label"]["why"]
         result = selfimprove("resume", "fake")
         assert result.code == 1
-        assert "--again iter-001/3-label" in result.err
+        assert "--from 1/label" in result.err
         assert selfimprove("verify", "fake").code == 3
-        assert selfimprove("resume", "fake", "--again", "iter-001/3-label").code == 0
+        assert selfimprove("resume", "fake", "--from", "iter-001/3-label").code == 0
         assert selfimprove("verify", "fake").code == 0
 
     def test_a_refusal_changes_nothing(self, fake_run):
         file = fake_run / "recipe.toml"
         file.write_text(file.read_text().replace("beta = ", "beta = 1"))
         before = file.read_text()
-        assert selfimprove("resume", "fake", "--again", "iter-002/2-generate").code == 1
+        assert selfimprove("resume", "fake", "--from", "iter-002/2-generate").code == 1
         assert (fake_run / "iter-002/2-generate").is_dir()
         assert not (fake_run / "aside").exists()
         assert file.read_text() == before

@@ -212,10 +212,11 @@ class StageIO:
         )
         last = launch.train(job)
         passes = optimizer.epochs
-        self.out.tokens += passes * sum(len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in kept)
+        tokens = passes * sum(len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in kept)
+        self.out.tokens += tokens
         if trial:
             return job.out
-        self.out.metrics |= {f"{out} rows": len(kept), f"{out} rows dropped": dict(reasons)}
+        self.out.metrics |= {f"{out} rows": len(kept), f"{out} rows dropped": dict(reasons), f"{out} tokens": tokens}
         if preference is None:
             self.out.metrics[f"{out} loss"] = last["loss"]
         else:
