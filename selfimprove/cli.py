@@ -188,31 +188,68 @@ def study(
 @app.command()
 def plan(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or of a recipe not run yet.")],
+    settings: Settings = None,
+    again: From = None,
+    until: Until = None,
+    only: Only = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would run, stage by stage, and why."""
-    from selfimprove import recipe_file
+    """What would run, stage by stage, why, and what it would take."""
+    from selfimprove import estimates, recipe_file
     from selfimprove.plan import examine
-    from selfimprove.preflight import check
-    from selfimprove.run import place
+    from selfimprove.run import place, select
 
     if (RUNS / run / "recipe.toml").is_file():
-        found, chosen = _open(run)
+        found, _ = _open(run)
+        chosen = recipe_file.absolute(recipe_file.load(found.recipe_file, settings))
     else:
-        chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(run)))
+        from selfimprove.preflight import check
+
+        chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(run), settings))
         found = place(RUNS, chosen.name)
         check(chosen)
-    examined = examine(found, chosen)
+    selection = select(chosen, again, until, only)
+    examined = examine(found, chosen, selection.again)
+    taken = estimates.estimate(found, chosen, examined)
+    shown = selection.of(examined)
     if as_json:
         _json(
-            [{"iteration": e.step.iteration, "stage": e.step.name, "plan": e.status, "why": e.reason} for e in examined]
+            [
+                {"iteration": e.step.iteration, "stage": e.step.name, "plan": e.status, "why": e.reason}
+                | {"estimate": taken[e.step.directory]._asdict() if e.step.directory in taken else None}
+                for e in shown
+            ]
         )
         return
     from rich.console import Console
 
-    from selfimprove.report import terminal
+    from selfimprove.report import planning
 
-    Console().print(terminal.plan_table(examined))
+    planning.show(shown, taken, Console())
+
+
+@app.command()
+def fork(
+    where: Annotated[
+        str, typer.Argument(metavar="RUN@STAGE", help="A run, and the first stage that is not shared: default@2/label.")
+    ],
+    settings: Settings = None,
+    run: Annotated[Optional[str], typer.Option(metavar="NAME", help="Name of the new run.")] = None,
+) -> None:
+    """Begin a run that shares what another has made before a stage, and goes on from there with other settings."""
+    from selfimprove import forking, recipe_file
+    from selfimprove.report.escape import line
+
+    name, at = forking.parse(where)
+    parent, _ = _open(name)
+    chosen = recipe_file.absolute(recipe_file.load(parent.recipe_file, settings))
+    made = forking.fork(parent, chosen, at, run, sys.argv[1:])
+    shared = f"{len(made.shared)} stages ({made.shared_bytes / 1e6:.1f} MB)" if made.shared else "nothing"
+    print(made.run.path)
+    print(f"shares {shared} with run '{line(name)}', begins at {made.at.directory}", file=sys.stderr)
+    if made.copied:
+        print(f"{made.copied} files were copied: the file system makes no hard links here", file=sys.stderr)
+    print(f"\nhint: selfimprove resume {made.run.name}", file=sys.stderr)
 
 
 @app.command()

@@ -280,13 +280,17 @@ class Artifact:
         self._reveal()
         return manifest
 
-    def link(self, published: Path, manifest: Manifest) -> None:
+    def link(self, published: Path, manifest: Manifest) -> int:
         """Publish the files of another artifact as this one: hard links, copies where the file system has none.
+
+        Returns:
+            How many files were copied.
 
         Raises:
             FileNotFoundError: the other one went away meanwhile, or is not what this manifest says.
         """
         self.begin()
+        copied = 0
         for name in [*(output.path for output in manifest.outputs), "manifest.json"]:
             target = self.path(name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -297,9 +301,11 @@ class Artifact:
             except OSError:  # another file system, or too many links
                 shutil.copyfile(published / name, target)
                 _fsync(target)
+                copied += 1
         if read_manifest(self.partial) != manifest or missing_outputs(self.partial, manifest):
             raise FileNotFoundError(f"{published} changed while it was linked")
         self._reveal()
+        return copied
 
     def _reveal(self) -> None:
         """Flush the folders and make the artifact visible in one rename."""

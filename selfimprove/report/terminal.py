@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from selfimprove.plan import BASE, Examined, Step
+from selfimprove.plan import BASE, Step
 from selfimprove.report.escape import line
 from selfimprove.store import Manifest
 from selfimprove.study import Ended, Planned
@@ -230,16 +230,6 @@ def stages_table(summary: dict[str, Any]) -> Table:
             table.add_row(
                 _iteration(entry["iteration"]), stage["name"], state, *("-" if c is None else str(c) for c in cells)
             )
-    return table
-
-
-def plan_table(examined: list[Examined]) -> Table:
-    """One row a stage: what would happen to it and why."""
-    table = Table()
-    for heading in ("iteration", "stage", "plan", "why"):
-        table.add_column(heading)
-    for one in examined:
-        table.add_row(_iteration(one.step.iteration), one.step.name, one.status, Text(line(one.reason)))
     return table
 
 

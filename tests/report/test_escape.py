@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from selfimprove.report import audit, escape, terminal
+from selfimprove.report import audit, escape, planning, terminal
 from selfimprove.report.escape import as_json, line, markup, visible
 from tests.conftest import selfimprove
 from tests.report.hostile import CODES, HUGE, MARKUP
@@ -114,7 +114,7 @@ def test_tables_show_markup_and_codes(text):
     shown = codes_of_rich(
         printed(
             terminal.iterations_table(summary),
-            terminal.plan_table([Examined(step, "stale", text, None, None)]),
+            planning.table([Examined(step, "stale", text, None, None)], {}),
             audit.groups_table([group]),
         )
     )
