@@ -46,7 +46,7 @@ def estimate(run: Run, recipe: Recipe, examined: Sequence[Examined]) -> dict[str
     found: dict[str, Estimate] = {}
     if all(one.status == "done" for one in examined):
         return found
-    measured = [e for e in examined if e.manifest]
+    measured = [e for e in examined if e.manifest and "section" in e.manifest.ingredients]
     amounts: dict[str, float] = {}  # what comes out of each step, made or not: prompts, completions, pairs
     sources = Sources(run, recipe)
     model = bounds.Model.of(sources)

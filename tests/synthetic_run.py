@@ -59,8 +59,10 @@ def recipe(rounds: int, *settings: str) -> Recipe:
     return recipe_file.load(recipe_file.find("default"), [f"rounds={rounds}", *reference, *settings])
 
 
-def write(path: Path, chosen: Recipe, world: World, prompts: int = 100, samples: int = 4) -> Run:
-    """A run of that recipe, finished."""
+def write(
+    path: Path, chosen: Recipe, world: World, prompts: int = 100, samples: int = 4, *, keyed: bool = False
+) -> Run:
+    """A run of that recipe, finished; `keyed`: with the keys that the recipe makes, else with none."""
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
     run.recipe_file.write_text(recipe_file.dump(chosen), encoding="utf-8")
@@ -92,7 +94,8 @@ def write(path: Path, chosen: Recipe, world: World, prompts: int = 100, samples:
             of = [len(row.text.split()) for row in found if row.mode == "sampled"]
             artifact.metrics["sampled mean tokens"] = sum(of) / len(of)
         artifact.contract("row", rows_in, rows_out)
-        artifact.publish(t, step.name, {}, {})
+        seen = plan.ingredients_of(step, chosen, plan.Sources(run, chosen)) if keyed else {}
+        artifact.publish(t, step.name, seen or {}, {})
     return run
 
 
