@@ -90,13 +90,7 @@ def _source(name: str, source: str, gone: bool, had: bool, known: Known) -> str:
     which, _, rest = source.partition(":")
     became = "is gone" if gone else "changed" if had else "came in"
     if which == "file":
-        what, *_, last = rest.split(":")
-        key = (
-            f"evaluate.benchmarks.{last}.{'answers' if what == 'answers' else 'path'}"
-            if ":" in rest
-            else f"data.{rest}"
-        )
-        return f"{key} {became} ({known.files.get(rest, rest)})"
+        return f"{_key(rest)} {became} ({known.files.get(rest, rest)})"
     if which == "model":
         return f"model {rest} {became}"
     if source == "initial":
@@ -104,6 +98,14 @@ def _source(name: str, source: str, gone: bool, had: bool, known: Known) -> str:
     if which in ("next", "best"):
         return f"{rest} decided otherwise on '{name}'"
     return f"{'/'.join(source.split('/')[:2])} {'is gone' if gone else 'was made again' if had else 'came in'}"
+
+
+def _key(name: str) -> str:
+    """The recipe's key of an input file: `seeds`, `benchmark:gsm8k:NAME` or `answers:NAME`."""
+    if ":" not in name:
+        return f"data.{name}"
+    what, *_, benchmark = name.split(":")
+    return f"evaluate.benchmarks.{benchmark}.{'answers' if what == 'answers' else 'path'}"
 
 
 def _templates(old: Mapping[str, str], new: Mapping[str, str], texts: Path) -> Iterator[str]:

@@ -104,7 +104,7 @@ def test_more_rounds_and_a_name_of_its_own(fake_run):
         (["fake@2/label", *BETA], 1, "iter-001/4-train comes before iter-002/3-label", "fake@1/train"),
         (["fake@2/lable"], 1, "no stage '2/lable'", "2/ synthesize, generate"),
         (["fake@7"], 1, "no iteration 7", "the recipe has 2"),
-        (["fake@7", "--set", "rounds=8"], 1, "iter-003/1-synthesize of run 'fake' is not made yet", "fake@3/synthesize"),
+        (["fake@7", "--set", "rounds=8"], 1, "iter-003/1-synthesize of run 'fake' is not made", "fake@3/synthesize"),
         (["fake"], 2, "'fake' does not say where to fork", "selfimprove fork fake@2/label"),
         (["none@2"], 1, "no run 'none'", "runs here: fake"),
         (["fake@2", "--run", "fake"], 1, "run 'fake' exists already", "--run ANOTHER_NAME"),
