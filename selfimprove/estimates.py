@@ -47,6 +47,7 @@ def estimate(run: Run, recipe: Recipe, examined: Sequence[Examined]) -> dict[str
     if all(one.status == "done" for one in examined):
         return found
     measured = [e for e in examined if e.manifest and "section" in e.manifest.ingredients]
+    made = {e.step.directory: _came_out(e.manifest, e) for e in measured if e.manifest}
     amounts: dict[str, float] = {}  # what comes out of each step, made or not: prompts, completions, pairs
     sources = Sources(run, recipe)
     model = bounds.Model.of(sources)
@@ -60,7 +61,7 @@ def estimate(run: Run, recipe: Recipe, examined: Sequence[Examined]) -> dict[str
         if basis is None or basis.manifest is None:
             found[directory], amounts[directory] = _bound(one, rules, amounts)
             continue
-        ratio = _ratio(one, basis, basis.manifest, amounts)
+        ratio = _ratio(one, basis, basis.manifest, amounts, made)
         amounts[directory] = _came_out(basis.manifest, basis) * ratio.rows
         found[directory] = _scaled(run, recipe, one, basis, ratio, model)
     return found
@@ -110,7 +111,9 @@ def _came_out(manifest: Manifest, one: Examined) -> float:
     return float(manifest.rows.rows_out)
 
 
-def _ratio(one: Examined, basis: Examined, manifest: Manifest, amounts: Mapping[str, float]) -> Ratio:
+def _ratio(
+    one: Examined, basis: Examined, manifest: Manifest, amounts: Mapping[str, float], made: Mapping[str, float]
+) -> Ratio:
     """How much more there is to do than there was."""
     old, new = manifest.ingredients["section"], one.step.section.model_dump(exclude_none=True)
     stage, rows_in = one.step.stage, manifest.rows.rows_in
@@ -127,9 +130,8 @@ def _ratio(one: Examined, basis: Examined, manifest: Manifest, amounts: Mapping[
     elif stage is train and "replay" not in new:
         rows = 1.0 if into is None else into / max(1, rows_in)
     elif stage is label:
-        was = {d: a for d, a in amounts.items() if d in basis.step.inputs.values()}
-        before = sum(was[d] for d in basis.step.inputs.values() if d in was and _answers(d))
-        now = sum(amounts[d] for d in one.step.inputs.values() if d in amounts and _answers(d))
+        before = sum(made.get(d, 0) for d in basis.step.inputs.values() if _answers(d))
+        now = sum(amounts.get(d, 0) for d in one.step.inputs.values() if _answers(d))
         rows = now / before if before and now else 1.0
     else:
         rows = 1.0
@@ -165,7 +167,8 @@ def _scaled(
     manifest, step = basis.manifest, one.step
     assert manifest is not None  # it is what was measured
     weights = sum(o.bytes for o in manifest.outputs if "/" in o.path)  # model directories inside the artifact
-    rows = sum(o.bytes for o in manifest.outputs if "/" not in o.path)
+    steps = sum(o.bytes for o in manifest.outputs if o.path.endswith("metrics.jsonl"))  # a line for each
+    rows = sum(o.bytes for o in manifest.outputs if "/" not in o.path) - steps
     tokens, how = manifest.tokens, f"as {basis.step.directory}"
     optimizer = bounds.optimizer_of(step)
     if optimizer is None and weights:  # round 1 of synthesize has trained the generator, the others take it over
@@ -179,7 +182,7 @@ def _scaled(
     return Estimate(
         tokens=round(tokens * ratio.work),
         seconds=manifest.seconds * ratio.work,
-        disk_bytes=round(rows * ratio.rows) + weights + passing,
+        disk_bytes=round(rows * ratio.rows + (steps * ratio.work if optimizer else 0)) + weights + passing,
         memory_bytes=(_peak(run.path / basis.step.directory) if optimizer else None)
         or bounds.memory(step, recipe, model),
         usd=spent if step.servers else 0.0,
