@@ -96,7 +96,7 @@ def fork(parent: Run, changed: Recipe, where: str, name: str | None, command: Se
 
 def _before(parent: Run, changed: Recipe, at: Step) -> list[Examined]:
     """What comes before a step, all of it made by the parent as the changed recipe would make it."""
-    found = []
+    found: list[Examined] = []
     for one in examine(parent, changed):
         if one.step.directory == at.directory:
             return found
