@@ -338,7 +338,7 @@ def examine(run: Run, recipe: Recipe, again: Step | None = None) -> list[Examine
         if manifest is None:
             gone = directory.exists()
             status = "stale" if gone else "to do"
-            why = ["its manifest.json is missing"] if gone else [f"after {pending[0]}" if pending else "not made yet"]
+            why = ["its manifest.json is missing"] if gone else [f"after {pending[-1]}" if pending else "not made yet"]
         else:
             why = list(_why(step, recipe, sources, manifest, seen, pending))
             if again and again.directory == step.directory:
