@@ -228,7 +228,7 @@ def _pairs_of_a_prompt(recipe: Recipe, answers: int) -> int:
             return every
         case "top_k":
             return min(every, int(given.get("k", 2)) * answers)
-        case "gold_vs_generated":
+        case "gold_vs_generated" | "dynamic":
             return answers
         case _:
             return int(given.get("max_pairs", 1))

@@ -7,11 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from selfimprove import chat, estimates, plan, reasons, recipe_file, store
+from selfimprove import bounds, chat, estimates, plan, reasons, recipe_file, store
 from selfimprove.errors import UserError
+from selfimprove.judges import Candidate
+from selfimprove.judges.pairing import RULES, Dropped, Judged
+from selfimprove.recipe import Adapter, Choice, Optimizer
 from selfimprove.report import planning
 from tests import synthetic_run
 from tests.conftest import QUICK, SMALL, selfimprove
@@ -264,9 +268,7 @@ class TestEstimates:
     def test_the_models_size_is_what_torch_counts(self, in_tmp):
         import transformers
 
-        from selfimprove import bounds
         from selfimprove.data import SHIPPED
-        from selfimprove.recipe import Adapter, Optimizer
 
         loaded = transformers.AutoModelForCausalLM.from_pretrained(SHIPPED["demo:model"])
         chosen = recipe_file.load(recipe_file.find("default"))
@@ -303,6 +305,25 @@ class TestEstimates:
         taken = estimates.estimate(run, chosen, plan.examine(run, chosen))
         assert taken["iter-002/3-label"].usd == pytest.approx(0.75, rel=0.05)
         assert taken["iter-002/3-label"].how.startswith("as iter-001/3-label")
+
+    @pytest.mark.parametrize("answers", [1, 2, 5])
+    @pytest.mark.parametrize(
+        ("pairing", "parameters"),
+        [*((name, {}) for name in RULES), ("best_vs_worst", {"max_pairs": 3}), ("top_k", {"k": 3})],
+    )
+    def test_no_rule_makes_more_pairs_of_a_prompt_than_the_bound(self, pairing, parameters, answers):
+        def judged(source: str, k: int) -> Judged:
+            return Judged(
+                Candidate("p", "q", source, k, f"{source} {k}", [k + 10 * len(source)], "stop", None), float(k)
+            )
+
+        gold = [judged("gold", 9)] if pairing in ("gold_vs_generated", "dynamic") else []
+        rest = [judged("improver", 8), judged("initial", 0)] if pairing == "improver_vs_initial" else []
+        made = RULES[pairing]([*gold, *rest, *(judged("current", k) for k in range(answers))], Random(0), **parameters)
+        chosen = recipe_file.load(recipe_file.find("default"))
+        pairing_of = Choice.model_validate({"name": pairing, **parameters})
+        chosen = chosen.model_copy(update={"label": chosen.label.model_copy(update={"pairing": pairing_of})})
+        assert (0 if isinstance(made, Dropped) else len(made)) <= bounds._pairs_of_a_prompt(chosen, answers)
 
     def test_totals_count_checkpoints_once_and_never_take_unknown_for_zero(self):
         parts = [
