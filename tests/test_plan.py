@@ -77,6 +77,7 @@ class TestReasons:
             ("1\n2\n3\n4\n5\nX\n", "line 6"),
             ("1\n2\n5\n6\n", "2 lines gone after line 2"),
             ("X\n1\n2\n3\n4\n5\n6\nY\n", "line 1, line 8"),
+            ("X\n1\n2\nA\nB\n5\n6\n", "line 1, lines 4-5"),
             ("1\n2\n3\n4\n5\n6", "line 6"),  # its end of line is gone
             ("", "6 lines gone after line 0"),
         ],

@@ -281,7 +281,7 @@ class TestStale:
         planned = {
             (p["iteration"], p["stage"]): p["why"] for p in json.loads(selfimprove("plan", "fake", "--json").out)
         }
-        assert planned[1, "1-synthesize"] == "template synthesize.jinja changed: line 1"
+        assert planned[1, "1-synthesize"] == "template synthesize.jinja changed: line 2"
 
     def test_a_run_whose_seed_file_is_gone_can_still_be_looked_at(self, cut_data):
         assert selfimprove("iterate", "--run", "r", *TINY).code == 0

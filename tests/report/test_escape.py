@@ -109,7 +109,7 @@ def test_tables_show_markup_and_codes(text):
         "run": text, "recipe": text, "state": "failed", "sft": None, "control": None, "iterations": [],
         "base": {"iteration": 0, "scores": {}, "stages": []},
     }  # fmt: skip
-    step = type("Step", (), {"iteration": 1, "name": "1-generate"})()
+    step = type("Step", (), {"iteration": 1, "name": "1-generate", "directory": "iter-001/1-generate"})()
     group = Group(text, text, text, audited([]))
     shown = codes_of_rich(
         printed(
@@ -129,7 +129,7 @@ def test_what_a_person_sees_while_a_run_goes_on_is_text_too(terminal_like, monke
     from selfimprove.study import Ended
 
     console = Console(file=io.StringIO(), force_terminal=terminal_like, width=4_000)
-    step = type("Step", (), {"iteration": 1, "name": "1-generate"})()
+    step = type("Step", (), {"iteration": 1, "name": "1-generate", "directory": "iter-001/1-generate"})()
     rows = Rows(unit="row", rows_in=2, rows_out=0, quarantined={MARKUP: 1, CODES: 1})
     manifest = Manifest(
         iteration=1, stage="1-generate", key="", ingredients={}, outputs=[], rows=rows, metrics={}, environment={},
