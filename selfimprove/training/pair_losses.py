@@ -18,9 +18,7 @@ GROUP = 65_536  # rows written at a time, so that memory does not grow with the 
 
 
 class ByPair(NamedTuple):
-    """Of the pairs of one step in their order: the loss, unknown where it is no pair's own, and the rewards' margin,
-    unknown where no pair has a rejected answer.
-    """
+    """Of the pairs of one step, in their order: loss and rewards' margin, as records.PairLoss has them."""
 
     losses: Sequence[float | None]
     margins: Sequence[float | None]
