@@ -147,7 +147,7 @@ def _answer(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _golds(verdicts: Iterable[Mapping[str, Any]], pairs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Gold answers are of the seeds and in no generation: what is known of one is its verdict, and its text by a pair."""
+    """Golds are of the seeds and in no generation: what is known of one is its verdict, and its text by a pair."""
     texts = {
         _iteration(row["stage"]): (row[side][0]["content"], row[f"{side}_token_ids"])
         for row in pairs
