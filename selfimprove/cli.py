@@ -306,6 +306,36 @@ def inspect(
 
 
 @app.command()
+def diff(
+    old: Annotated[str, typer.Argument(metavar="RUN@1", help="An iteration of a run, or a stage: RUN@1/label.")],
+    new: Annotated[str, typer.Argument(metavar="RUN@3", help="Another one, of this run or of another.")],
+    sample: Annotated[int, typer.Option(min=0, help="Examples shown of each kind of change.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """What differs between two iterations: ingredients, rows, scores, prompts, answers, labels, cost."""
+    from selfimprove import difference
+    from selfimprove.report import inspection, paging
+
+    sides = []
+    for text in (old, new):
+        name, _, where = text.rpartition("@")
+        if not name or not where:
+            raise UsageError(f"'{text}' names no iteration", "selfimprove diff RUN@1 RUN@3, or RUN@1/label RUN@3/label")
+        run, chosen = _open(name)
+        sides.append(difference.Side(text, run, chosen, inspection.at(run, chosen, where)))
+    if ("/" in old.rpartition("@")[2]) != ("/" in new.rpartition("@")[2]):
+        raise UsageError(f"{old} and {new}: an iteration and a stage", "give two iterations, or the same stage of two")
+    told = difference.difference(sides[0], sides[1], sample)
+    if as_json:
+        _json(told)
+        return
+    from selfimprove.report import differences as drawing
+
+    with paging.paged() as console:
+        drawing.show(told, console)
+
+
+@app.command()
 def verify(run: RunName, as_json: AsJson = False) -> None:
     """Hash every artifact again and compare with its manifest; exit code 3 when something differs."""
     from selfimprove.status import verify as check_files

@@ -6,7 +6,7 @@ from typing import Any
 from selfimprove.errors import UserError
 from selfimprove.plan import INITIAL, Sources, Step, steps
 from selfimprove.recipe import Recipe
-from selfimprove.rows import Reader, published
+from selfimprove.rows import Database, Reader, published
 from selfimprove.stages import label, train
 from selfimprove.store import Manifest, Run
 
@@ -20,7 +20,8 @@ def pair(run: Run, recipe: Recipe, pair_id: str) -> dict[str, Any]:
     Raises:
         UserError: no published pair has this id.
     """
-    with Reader(run, list(steps(recipe))) as reader:
+    with Database(run) as database:
+        reader = Reader(run, list(steps(recipe)), database)
         rows = list(reader.open("pairs").equal("pair_id", pair_id)) if "pairs" in reader.kinds else []
         if not rows:
             raise _unknown(reader, "pair", pair_id, {"pairs": "pair_id"})
@@ -34,7 +35,8 @@ def prompt(run: Run, recipe: Recipe, prompt_id: str) -> dict[str, Any]:
     Raises:
         UserError: no published row is of this prompt.
     """
-    with Reader(run, list(steps(recipe))) as reader:
+    with Database(run) as database:
+        reader = Reader(run, list(steps(recipe)), database)
         rows = list(reader.open("pairs").equal("prompt_id", prompt_id)) if "pairs" in reader.kinds else []
         told = _life(run, recipe, reader, prompt_id, rows, None)
         if not (told["prompt"]["text"] or told["rounds"] or told["held_out"] or told["prompt"]["set_aside"]):

@@ -67,20 +67,13 @@ def kinds(run: Run, steps: Iterable[Step]) -> dict[str, list[Shards]]:
     return found
 
 
-class Reader:
-    """A run's rows, read on one connection.
+class Database:
+    """DuckDB in memory, which can read these runs' directories and do nothing else to the machine."""
 
-    Args:
-        run: whose.
-        steps: of which artifacts.
-    """
-
-    def __init__(self, run: Run, steps: Sequence[Step]) -> None:
+    def __init__(self, *runs: Run) -> None:
         import duckdb
 
-        self.run = run
-        self.kinds = kinds(run, steps)
-        self._connection = duckdb.connect(
+        self.connection = duckdb.connect(
             ":memory:",
             config={
                 "threads": "2",
@@ -92,16 +85,33 @@ class Reader:
                 "python_enable_replacements": "false",
             },
         )
-        inside = str(run.path.resolve()).replace("'", "''")
-        self._connection.execute(f"SET allowed_directories = ['{inside}']")
-        self._connection.execute("SET enable_external_access = false")
-        self._connection.execute("SET lock_configuration = true")
+        inside = ", ".join(_quoted(str(run.path.resolve())) for run in runs)
+        for setting in (
+            f"allowed_directories = [{inside}]",
+            "enable_external_access = false",
+            "lock_configuration = true",
+        ):
+            self.connection.execute(f"SET {setting}")
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self) -> "Database":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._connection.close()
+        self.connection.close()
+
+
+class Reader:
+    """A run's rows.
+
+    Args:
+        run: whose.
+        steps: of which artifacts.
+        database: that may read the run.
+    """
+
+    def __init__(self, run: Run, steps: Sequence[Step], database: Database) -> None:
+        self.run, self._connection = run, database.connection
+        self.kinds = kinds(run, steps)
 
     def open(self, kind: str) -> "Rows":
         """The rows of a kind, with the artifact each is of as `stage` and with what can be derived.
@@ -114,9 +124,9 @@ class Reader:
             raise UserError(f"there are no rows of the kind '{kind}' here", f"kinds here: {known}")
         root = self.run.path.resolve()
         files = [str(root / file) for shards in self.kinds[kind] for file in shards.files]
-        listed = ", ".join("'" + glob.escape(file).replace("'", "''") + "'" for file in files)
+        listed = ", ".join(_quoted(glob.escape(file)) for file in files)
         read = f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false, filename = '__file')"
-        with self._whole():
+        with self.whole():
             names: list[str] = self._connection.sql(f"SELECT * EXCLUDE (__file) FROM {read}").columns
             derived = [
                 f"{what} AS {name}"
@@ -128,7 +138,7 @@ class Reader:
             return Rows(self, kind, self._connection.sql(f"SELECT {columns} FROM {read}"))
 
     @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
+    def whole(self) -> Iterator[None]:
         """Turn what goes wrong with a file into words."""
         import duckdb
 
@@ -151,19 +161,19 @@ class Rows:
     """Rows of one kind, not read yet."""
 
     def __init__(self, reader: Reader, kind: str, relation: Any) -> None:
-        self._reader, self.kind, self._relation = reader, kind, relation
+        self._reader, self.kind, self.relation = reader, kind, relation
 
     @property
     def columns(self) -> list[str]:
         """Their columns, derived ones too."""
-        return list(self._relation.columns)
+        return list(self.relation.columns)
 
     def equal(self, column: str, *values: str) -> "Rows":
         """Those whose column has one of the values."""
         import duckdb
 
         wanted = [duckdb.ConstantExpression(value) for value in values]
-        return self._with(self._relation.filter(duckdb.ColumnExpression(column).isin(*wanted)))
+        return self._with(self.relation.filter(duckdb.ColumnExpression(column).isin(*wanted)))
 
     def of(self, column: str, name: str) -> "Rows":
         """Those whose column is the name, or begins with it and a slash: ids are structured."""
@@ -171,7 +181,7 @@ class Rows:
 
         own = duckdb.ColumnExpression(column)
         inside = duckdb.FunctionExpression("starts_with", own, duckdb.ConstantExpression(f"{name}/"))
-        return self._with(self._relation.filter((own == duckdb.ConstantExpression(name)) | inside))
+        return self._with(self.relation.filter((own == duckdb.ConstantExpression(name)) | inside))
 
     def where(self, expression: str) -> "Rows":
         """Those for which an SQL expression is true.
@@ -182,12 +192,12 @@ class Rows:
         import duckdb
 
         with self._meant(expression):
-            return self._with(self._relation.filter(duckdb.SQLExpression(expression)), expression)
+            return self._with(self.relation.filter(duckdb.SQLExpression(expression)), expression)
 
     def readable(self) -> "Rows":
         """Without the columns of token ids."""
         kept = [f'"{name}"' for name in self.columns if name not in HIDDEN]
-        return self._with(self._relation.project(", ".join(kept)))
+        return self._with(self.relation.project(", ".join(kept)))
 
     def near(self, column: str, name: str, most: int = 3) -> list[str]:
         """The values of a column that look most like a name."""
@@ -196,23 +206,23 @@ class Rows:
         alike = duckdb.FunctionExpression(
             "jaro_winkler_similarity", duckdb.ColumnExpression(column), duckdb.ConstantExpression(name)
         )
-        found = self._relation.select(duckdb.ColumnExpression(column), alike.alias("alike")).distinct()
+        found = self.relation.select(duckdb.ColumnExpression(column), alike.alias("alike")).distinct()
         found = found.filter("alike > 0.6").order(f'alike DESC, "{column}"').limit(most)
         return [row[0] for row in found.fetchall()]
 
     def count(self) -> int:
         """How many there are."""
         with self._run():
-            return int(self._relation.aggregate("count(*)").fetchall()[0][0])
+            return int(self.relation.aggregate("count(*)").fetchall()[0][0])
 
     def first(self, number: int) -> list[dict[str, Any]]:
         """The first rows."""
-        return list(self._with(self._relation.limit(number)))
+        return list(self._with(self.relation.limit(number)))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All rows in their order, a batch in memory at a time."""
         with self._run():
-            for batch in self._relation.fetch_arrow_reader(BATCH):
+            for batch in self.relation.fetch_arrow_reader(BATCH):
                 yield from batch.to_pylist()
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -226,7 +236,7 @@ class Rows:
 
     @contextlib.contextmanager
     def _run(self) -> Iterator[None]:
-        with self._reader._whole(), self._meant(self._expression or ""):
+        with self._reader.whole(), self._meant(self._expression or ""):
             yield
 
     @contextlib.contextmanager
@@ -272,6 +282,10 @@ def main_kind(step: Step | None, there: Mapping[str, Any]) -> str:
             f"--rows KIND, one of {', '.join(sorted(there))}" if there else "choose another stage",
         )
     return name
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from selfimprove import plan, status
 from selfimprove.errors import UserError
 from selfimprove.recipe import Recipe
 from selfimprove.report.escape import json_line, line
-from selfimprove.rows import HIDDEN, Reader, Rows, main_kind
+from selfimprove.rows import HIDDEN, Database, Reader, Rows, main_kind
 from selfimprove.store import Manifest, Run, read_manifest
 
 
@@ -66,7 +66,8 @@ class Asked:
     def __init__(self, run: Run, recipe: Recipe, stage: str | None, kind: str | None, where: str | None) -> None:
         steps = list(plan.steps(recipe)) if stage is None else at(run, recipe, stage)
         self.run, self.stage, self.kind_given, self.where = run, stage, kind, where
-        self._reader = Reader(run, steps)
+        self._database = Database(run)
+        self._reader = Reader(run, steps, self._database)
         if not self._reader.kinds:
             raise UserError(f"{stage or 'nothing'} is not made yet", f"selfimprove resume {run.name}")
         self.kind = kind or main_kind(steps[0] if stage and "/" in stage else None, self._reader.kinds)
@@ -77,7 +78,7 @@ class Asked:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._reader.__exit__()
+        self._database.__exit__()
 
     def first(self, number: int) -> dict[str, Any]:
         """How many there are, and the first of them, less their token ids."""
@@ -97,7 +98,7 @@ class Asked:
         shown, total = len(found["rows"]), found["total"]
         of = f"{total:,} {line(self.kind)}" + (f" where {line(self.where)}" if self.where else "")
         if shown == total:
-            console.print(Text(f"all of {of}"))
+            console.print(Text(f"all of {of}" if total else f"no {of.removeprefix('0 ')}"))
             return
         options = [
             word
@@ -106,7 +107,7 @@ class Asked:
             for word in (name, value)
         ]
         words = ["selfimprove", "inspect", self.run.name, *([self.stage] if self.stage else []), *options, "--jsonl"]
-        console.print(Text(f"{shown:,} of {of}; all of them: {line(shlex.join(words))}"))
+        console.print(Text(f"{shown:,} of {of}; all of them: {line(shlex.join(words))}"), soft_wrap=True)
 
 
 def show(looked: dict[str, Any], console: Console) -> None:
