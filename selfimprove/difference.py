@@ -106,18 +106,18 @@ def _scores(
     old: Side, new: Side, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Each mode's scores and their paired difference; where they do not compare, why."""
-    sides = _evaluated(old), _evaluated(new)
-    if sides[0] is None or sides[1] is None:
+    was, now = _evaluated(old), _evaluated(new)
+    if was is None or now is None:
         asked = "evaluate" in before or "evaluate" in after
         return [], ["one of them is not evaluated yet"] if asked else []
-    if measure(sides[0].manifest) != measure(sides[1].manifest):
+    if measure(was.manifest) != measure(now.manifest):
         return [], ["scored by different judges, so the scores do not compare"]
     try:
-        rows = compared([({}, sides[0], sides[1])])
+        rows = compared([({}, was, now)])
     except UserError as error:
         return [], [error.message]
     for row in rows:
-        row["old"], row["new"] = (side.scores[row["mode"]] for side in sides)
+        row["old"], row["new"] = (side.scores[row["mode"]] for side in (was, now))
     return rows, []
 
 

@@ -40,7 +40,9 @@ def prompt(run: Run, recipe: Recipe, prompt_id: str) -> dict[str, Any]:
         rows = list(reader.open("pairs").equal("prompt_id", prompt_id)) if "pairs" in reader.kinds else []
         told = _life(run, recipe, reader, prompt_id, rows, None)
         if not (told["prompt"]["text"] or told["rounds"] or told["held_out"] or told["prompt"]["set_aside"]):
-            known = {kind: "prompt_id" for kind in ("prompts", "generations", "samples") if kind in reader.kinds}
+            known: dict[str, str] = {
+                kind: "prompt_id" for kind in ("prompts", "generations", "samples") if kind in reader.kinds
+            }
             raise _unknown(reader, "prompt", prompt_id, known)
     return {"run": run.name, "prompt_id": prompt_id, **told}
 
@@ -183,7 +185,7 @@ def _prompt(
         return about | {"generator": generator, "set_aside": dropped}
     texts = [answer["prompt"] for answer in answers if answer["prompt"]] or [row["prompt"] for row in rows("samples")]
     origin = "synthetic" if dropped else "seed" if answers else "held out" if texts else None
-    nothing = {"stage": None, "iteration": None, "keywords": [], "generator": None}
+    nothing: dict[str, Any] = {"stage": None, "iteration": None, "keywords": [], "generator": None}
     return {**nothing, "text": texts[0] if texts else None, "origin": origin, "set_aside": dropped}
 
 

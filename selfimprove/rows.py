@@ -7,7 +7,6 @@ else, write nowhere, and load no extension.
 
 import contextlib
 import difflib
-import glob
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -124,7 +123,7 @@ class Reader:
             raise UserError(f"there are no rows of the kind '{kind}' here", f"kinds here: {known}")
         root = self.run.path.resolve()
         files = [str(root / file) for shards in self.kinds[kind] for file in shards.files]
-        listed = ", ".join(_quoted(glob.escape(file)) for file in files)
+        listed = ", ".join(_quoted(file) for file in files)
         read = f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false, filename = '__file')"
         with self.whole():
             names: list[str] = self._connection.sql(f"SELECT * EXCLUDE (__file) FROM {read}").columns
@@ -222,7 +221,7 @@ class Rows:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All rows in their order, a batch in memory at a time."""
         with self._run():
-            for batch in self.relation.fetch_arrow_reader(BATCH):
+            for batch in self.relation.to_arrow_reader(BATCH):
                 yield from batch.to_pylist()
 
     # --- inside ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from selfimprove import plan, status
 from selfimprove.errors import UserError
 from selfimprove.recipe import Recipe
 from selfimprove.report.escape import json_line, line
-from selfimprove.rows import HIDDEN, Database, Reader, Rows, main_kind
+from selfimprove.rows import HIDDEN, Database, Reader, Rows, main_kind, published
 from selfimprove.store import Manifest, Run, read_manifest
 
 
@@ -68,7 +68,7 @@ class Asked:
         self.run, self.stage, self.kind_given, self.where = run, stage, kind, where
         self._database = Database(run)
         self._reader = Reader(run, steps, self._database)
-        if not self._reader.kinds:
+        if not any(published(run, steps)):
             raise UserError(f"{stage or 'nothing'} is not made yet", f"selfimprove resume {run.name}")
         self.kind = kind or main_kind(steps[0] if stage and "/" in stage else None, self._reader.kinds)
         rows = self._reader.open(self.kind)
