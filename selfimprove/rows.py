@@ -88,6 +88,7 @@ class Database:
         for setting in (
             f"allowed_directories = [{inside}]",
             "enable_external_access = false",
+            "enable_progress_bar = false",  # which would stand among the rows on stdout
             "lock_configuration = true",
         ):
             self.connection.execute(f"SET {setting}")
