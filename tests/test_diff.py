@@ -173,6 +173,6 @@ def test_labels_turned_over_and_what_a_person_sees(tmp_path, monkeypatch):
     assert (found["pairs"], found["shared"], found["flipped"]) == ([4, 3], 2, 1)
     assert found["examples"] == [{"prompt": "q0", "was_chosen": "a", "is_chosen": "b"}]
     shown = selfimprove("diff", "turned@1", "turned@2").out
-    assert "the [-quick-]{+slow ‹ESC›[31m+}fox" in shown, shown
+    assert "the [-quick fox-]{+slow ‹ESC›[31mfox+}" in shown
     assert "\x1b" not in shown
     assert "1 of 2 to the same prompt changed" in shown
