@@ -4,11 +4,12 @@ The lines lie in the job's scratch beside metrics.jsonl and are cut back with it
 training that was killed ends with the same table as one that was not.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from selfimprove.records import PairLoss
 from selfimprove.store import arrow_schema
@@ -36,13 +37,13 @@ class PairLosses:
     def __init__(self, lines: Path, table: Path, steps: int) -> None:
         self.path, self.table = lines, table
         self.whole = cut(lines, steps) == steps  # else a version that kept none began this training
+        self._file = lines.open("ab")
 
     def write(self, step: int, epoch: float, pairs: Sequence[PairRow], found: ByPair) -> None:
         """Keep one step's."""
         names = [pair.pair_id for pair in pairs]
-        line = json.dumps([step, epoch, names, list(found.losses), list(found.margins)])
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._file.write(msgspec.json.encode([step, epoch, names, found.losses, found.margins]) + b"\n")
+        self._file.flush()
 
     def publish(self) -> None:
         """Write the table, a row for each pair and step; none where the lines of some steps are not known."""
@@ -53,20 +54,25 @@ class PairLosses:
             return
         schema = arrow_schema(PairLoss)
         with pq.ParquetWriter(self.table, schema, compression="zstd") as writer:
-            for rows in self._groups():
-                writer.write_table(pa.table(dict(zip(schema.names, zip(*rows, strict=True), strict=True)), schema))
+            for columns in self._groups():
+                writer.write_table(pa.table(dict(zip(schema.names, columns, strict=True)), schema))
 
-    def _groups(self) -> Iterator[list[tuple[Any, ...]]]:
-        rows: list[tuple[Any, ...]] = []
-        with self.path.open(encoding="utf-8") as lines:
+    def _groups(self) -> Iterator[list[list[Any]]]:
+        """The table's columns, some rows at a time."""
+        columns: list[list[Any]] = [[], [], [], [], []]
+        with self.path.open("rb") as lines:
             for line in lines:
-                step, epoch, *columns = json.loads(line)
-                rows += [(name, step, epoch, loss, margin) for name, loss, margin in zip(*columns, strict=True)]
-                if len(rows) >= GROUP:
-                    yield rows
-                    rows = []
-        if rows:
-            yield rows
+                step, epoch, names, losses, margins = msgspec.json.decode(line)
+                count = len(names)
+                for column, values in zip(
+                    columns, (names, [step] * count, [epoch] * count, losses, margins), strict=True
+                ):
+                    column += values
+                if len(columns[0]) >= GROUP:
+                    yield columns
+                    columns = [[], [], [], [], []]
+        if columns[0]:
+            yield columns
 
 
 def cut(path: Path, lines: int) -> int:
