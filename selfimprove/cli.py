@@ -297,20 +297,88 @@ def status(run: RunName, as_json: AsJson = False) -> None:
 def inspect(
     run: RunName,
     stage: Annotated[Optional[str], typer.Argument(metavar="STAGE", help="For example 2 or 2/label.")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Rows shown of each kind.")] = 3,
+    sample: Annotated[Optional[int], typer.Option(min=0, help="Rows shown: 3 of each kind, 20 with --where.")] = None,
+    where: Annotated[
+        Optional[str],
+        typer.Option(metavar="SQL", help='Rows for which this holds, as "margin < 0.1"; pairs, or the stage\'s own.'),
+    ] = None,
+    rows: Annotated[
+        Optional[str], typer.Option(metavar="KIND", help="Rows of this kind: verdicts, generations, losses ...")
+    ] = None,
+    pair: Annotated[Optional[str], typer.Option(metavar="ID", help="A pair's whole life.")] = None,
+    prompt: Annotated[Optional[str], typer.Option(metavar="ID", help="A prompt's, over all rounds.")] = None,
     as_json: AsJson = False,
+    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print rows whole, one a line: all of them.")] = False,
 ) -> None:
-    """Look into a run: an iteration's stages, or a stage's manifest and some of its rows."""
-    from selfimprove.report import inspection
+    """Look into a run: an iteration's stages, a stage's rows, the rows for which something holds, a pair's life."""
+    lives = [name for name, value in (("--pair", pair), ("--prompt", prompt)) if value is not None]
+    others = (stage, sample, where, rows)
+    if len(lives) == 2 or (lives and (as_jsonl or any(value is not None for value in others))):
+        raise UsageError(f"{lives[0]} goes with RUN and --json alone", f"selfimprove inspect RUN {lives[0]} ID")
+    if as_json and as_jsonl:
+        raise UsageError("--json and --jsonl do not go together", "--json is one document, --jsonl a row a line")
+    asked = where is not None or rows is not None or as_jsonl
+    if sample is not None and stage is None and not asked:
+        raise UsageError("--sample needs rows to show", "selfimprove inspect RUN 2/label --sample N, or --where SQL")
+    from selfimprove.report import inspection, paging
 
     found, chosen = _open(run)
-    looked = inspection.look(found, chosen, stage, sample)
-    if as_json:
-        _json(looked)
-        return
-    from rich.console import Console
+    if lives:
+        from selfimprove import lineage
+        from selfimprove.report import lives as drawing
 
-    inspection.show(looked, Console())
+        told = lineage.pair(found, chosen, pair) if pair is not None else lineage.prompt(found, chosen, prompt or "")
+        if as_json:
+            _json(told)
+            return
+        with paging.paged() as console:
+            drawing.show(told, console)
+    elif asked:
+        with inspection.Asked(found, chosen, stage, rows, where) as wanted:
+            if as_jsonl:
+                wanted.stream(sample)
+            elif as_json:
+                _json(wanted.first(20 if sample is None else sample))
+            else:
+                with paging.paged() as console:
+                    wanted.show(20 if sample is None else sample, console)
+    else:
+        looked = inspection.look(found, chosen, stage, 3 if sample is None else sample)
+        if as_json:
+            _json(looked)
+            return
+        with paging.paged() as console:
+            inspection.show(looked, console)
+
+
+@app.command()
+def diff(
+    old: Annotated[str, typer.Argument(metavar="RUN@1", help="An iteration of a run, or a stage: RUN@1/label.")],
+    new: Annotated[str, typer.Argument(metavar="RUN@3", help="Another one, of this run or of another.")],
+    sample: Annotated[int, typer.Option(min=0, help="Examples shown of each kind of change.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """What differs between two iterations: ingredients, rows, scores, prompts, answers, labels, cost."""
+    from selfimprove import difference
+    from selfimprove.report import inspection, paging
+
+    sides = []
+    for text in (old, new):
+        name, _, where = text.rpartition("@")
+        if not name or not where:
+            raise UsageError(f"'{text}' names no iteration", "selfimprove diff RUN@1 RUN@3, or RUN@1/label RUN@3/label")
+        run, chosen = _open(name)
+        sides.append(difference.Side(text, run, chosen, inspection.at(run, chosen, where)))
+    if ("/" in old.rpartition("@")[2]) != ("/" in new.rpartition("@")[2]):
+        raise UsageError(f"{old} and {new}: an iteration and a stage", "give two iterations, or the same stage of two")
+    told = difference.difference(sides[0], sides[1], sample)
+    if as_json:
+        _json(told)
+        return
+    from selfimprove.report import differences as drawing
+
+    with paging.paged() as console:
+        drawing.show(told, console)
 
 
 @app.command()

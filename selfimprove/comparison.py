@@ -160,7 +160,7 @@ def compare(sides: Sequence[Side]) -> dict[str, Any]:
 
 def _measured_alike(first: Side, others: Sequence[Side]) -> None:
     for other in others:
-        mine, theirs = (_measure(one.rounds[FINAL].manifest) for one in (first, other))
+        mine, theirs = (measure(one.rounds[FINAL].manifest) for one in (first, other))
         if mine != theirs:
             raise UserError(
                 f"runs '{first.run}' and '{other.run}' were scored by different judges, so their scores do not compare",
@@ -168,7 +168,7 @@ def _measured_alike(first: Side, others: Sequence[Side]) -> None:
             )
 
 
-def _measure(manifest: Manifest) -> tuple[Any, Any]:
+def measure(manifest: Manifest) -> tuple[Any, Any]:
     """The judge, and the content of the files that it is made of."""
     return manifest.ingredients["section"]["judge"], manifest.ingredients.get("files")
 

@@ -14,6 +14,7 @@ from selfimprove.evaluation import lm_harness
 from selfimprove.models import locate_model
 from selfimprove.recipe import Choice, Evaluate, Recipe, Section
 from selfimprove.stages import control, discriminate, evaluate, gate, generate, improve, label, sft, synthesize, train
+from selfimprove.stages.io import LOSSES
 from selfimprove.store import (
     SCHEMA,
     Manifest,
@@ -271,8 +272,9 @@ class Sources:
         manifest = self.manifest(f"{iteration}/{name}")
         if manifest is None:
             return None
-        if not inside:  # metrics hold what was measured of the machine; no stage reads them
-            return key_of({o.path: o.sha256 for o in manifest.outputs if not o.path.endswith("metrics.jsonl")})
+        if not inside:  # what tells of a training; no stage reads it, and metrics hold what was measured of the machine
+            told = ("metrics.jsonl", LOSSES)
+            return key_of({o.path: o.sha256 for o in manifest.outputs if not o.path.endswith(told)})
         files = {
             o.path.removeprefix(f"{inside[0]}/"): o.sha256 for o in manifest.outputs if o.path.startswith(inside[0])
         }

@@ -108,6 +108,17 @@ class Flip:
 
 
 @dataclass(frozen=True, slots=True)
+class PairLoss:
+    """What a pair cost at one optimiser step; `margin` is its rewards/margins, scaled as in metrics.jsonl."""
+
+    pair_id: str
+    step: int  # as in metrics.jsonl
+    epoch: float  # as there
+    loss: float | None  # None where the loss sorts its pairs (AOT): its entries are no pair's own
+    margin: float | None  # None where no pair of the step has a rejected answer
+
+
+@dataclass(frozen=True, slots=True)
 class Anchor:
     """An answer of the first round that every round judges again, with its score of then."""
 

@@ -121,7 +121,7 @@ def costs(run: Run, chosen: Recipe) -> dict[str, Cost]:
     for step in steps(chosen):
         if manifest := read_manifest(run.path / step.directory):
             name = step.name.partition("-")[2]
-            own = _cost(manifest, chosen)
+            own = cost(manifest, chosen)
             found[name] = total([found[name], own]) if name in found else own
     return found
 
@@ -137,7 +137,8 @@ def total(parts: Sequence[Cost]) -> Cost:
     )
 
 
-def _cost(manifest: Manifest, chosen: Recipe) -> Cost:
+def cost(manifest: Manifest, chosen: Recipe) -> Cost:
+    """What a stage of a run took, as its manifest has it."""
     asked: Mapping[str, Mapping[str, Any]] = manifest.metrics.get("servers", {})
     servers = {name: chosen.servers.get(name) for name in asked}
     priced = asked and all(server and (server.input_price or server.output_price) for server in servers.values())

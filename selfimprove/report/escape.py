@@ -49,6 +49,13 @@ def as_json(value: Any) -> str:
     return text.translate(_ESCAPED)
 
 
+def json_line(value: Any) -> str:
+    """JSON on one line, for a stream of rows; what is no number becomes null."""
+    import msgspec
+
+    return msgspec.json.encode(value).decode().translate(_ESCAPED)
+
+
 def markup(text: str) -> Markup:
     """The text as HTML, whole: escaped, and every sign for a control character marked as not the text's own."""
     return Markup(str(escape(text)).translate(_MARKED))

@@ -1,7 +1,8 @@
-"""A look into a run: its iterations, a stage's manifest, some of its rows."""
+"""A look into a run: its iterations, a stage's manifest, some of its rows, the rows for which something holds."""
 
 import itertools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from rich.text import Text
 from selfimprove import plan, status
 from selfimprove.errors import UserError
 from selfimprove.recipe import Recipe
-from selfimprove.report.escape import line
+from selfimprove.report.escape import json_line, line
+from selfimprove.rows import HIDDEN, Database, Reader, Rows, main_kind, published
 from selfimprove.store import Manifest, Run, read_manifest
-
-HIDDEN = ("prompt_token_ids", "token_ids", "logprobs", "chosen_token_ids", "rejected_token_ids")  # long and unreadable
 
 
 def look(run: Run, recipe: Recipe, where: str | None, sample: int) -> dict[str, Any]:
@@ -23,14 +23,9 @@ def look(run: Run, recipe: Recipe, where: str | None, sample: int) -> dict[str, 
     Raises:
         UserError: no such iteration or stage, or nothing published there.
     """
-    steps = list(plan.steps(recipe))
     if where is None:
         return status.summary(run, recipe)
-    number, _, name = where.removeprefix("iter-").partition("/")
-    chosen = [s for s in steps if number.isdecimal() and s.iteration == int(number) and _called(s.name, name)]
-    if not chosen:
-        known = ", ".join(f"{s.iteration}/{s.name.partition('-')[2]}" for s in steps)
-        raise UserError(f"run '{run.name}' has no stage '{where}'", f"stages: {known}")
+    chosen, name = at(run, recipe, where), "/" in where
     stages = []
     for step in chosen:
         directory = run.path / step.directory
@@ -40,6 +35,80 @@ def look(run: Run, recipe: Recipe, where: str | None, sample: int) -> dict[str, 
         if manifest:
             stages.append(_stage(step.directory, directory, manifest, sample))
     return {"run": run.name, "stages": stages}
+
+
+def at(run: Run, recipe: Recipe, where: str) -> list[plan.Step]:
+    """The steps of `2`, or the one of `2/label`.
+
+    Raises:
+        UserError: the recipe has none there.
+    """
+    if "/" in where:
+        return [plan.find_step(recipe, where)]
+    steps = list(plan.steps(recipe))
+    number = where.removeprefix("iter-")
+    chosen = [s for s in steps if number.isdecimal() and s.iteration == int(number)]
+    if not chosen:
+        raise UserError(f"run '{run.name}' has no iteration '{where}'", f"0 to {steps[-1].iteration}, or as 2/label")
+    return chosen
+
+
+class Asked:
+    """Rows of one kind that were asked for: of a stage, an iteration or the whole run, those for which something holds.
+
+    Args:
+        run: whose.
+        recipe: of the run.
+        stage: `2`, `2/label`, or None for all.
+        kind: of the rows; the stage's own, or pairs, where it is None.
+        where: an SQL expression over their columns, or None for all.
+    """
+
+    def __init__(self, run: Run, recipe: Recipe, stage: str | None, kind: str | None, where: str | None) -> None:
+        steps = list(plan.steps(recipe)) if stage is None else at(run, recipe, stage)
+        self.run, self.stage, self.kind_given, self.where = run, stage, kind, where
+        self._database = Database(run)
+        self._reader = Reader(run, steps, self._database)
+        if not any(published(run, steps)):
+            raise UserError(f"{stage or 'nothing'} is not made yet", f"selfimprove resume {run.name}")
+        self.kind = kind or main_kind(steps[0] if stage and "/" in stage else None, self._reader.kinds)
+        rows = self._reader.open(self.kind)
+        self.rows: Rows = rows.where(where) if where else rows
+
+    def __enter__(self) -> "Asked":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._database.__exit__()
+
+    def first(self, number: int) -> dict[str, Any]:
+        """How many there are, and the first of them, less their token ids."""
+        rows = self.rows.readable()
+        about = {"run": self.run.name, "stage": self.stage, "kind": self.kind, "where": self.where}
+        return {**about, "total": self.rows.count(), "columns": rows.columns, "rows": rows.first(number)}
+
+    def stream(self, number: int | None) -> None:
+        """Print the rows whole, one a line; the first of them where a number is given."""
+        for row in itertools.islice(self.rows, number):
+            print(json_line(row))
+
+    def show(self, number: int, console: Console) -> None:
+        """Print how many there are and the first of them."""
+        found = self.first(number)
+        _show_rows(found["rows"], console)
+        shown, total = len(found["rows"]), found["total"]
+        of = f"{total:,} {line(self.kind)}" + (f" where {line(self.where)}" if self.where else "")
+        if shown == total:
+            console.print(Text(f"all of {of}" if total else f"no {of.removeprefix('0 ')}"))
+            return
+        options = [
+            word
+            for name, value in (("--rows", self.kind_given), ("--where", self.where))
+            if value
+            for word in (name, value)
+        ]
+        words = ["selfimprove", "inspect", self.run.name, *([self.stage] if self.stage else []), *options, "--jsonl"]
+        console.print(Text(f"{shown:,} of {of}; all of them: {line(shlex.join(words))}"), soft_wrap=True)
 
 
 def show(looked: dict[str, Any], console: Console) -> None:
@@ -58,10 +127,14 @@ def show(looked: dict[str, Any], console: Console) -> None:
         console.print(f"  files: {line(', '.join(stage['files']))}", markup=False, highlight=False)
         for kind, rows in stage["samples"].items():
             console.print(Text(f"  {line(kind)}", "bold"))
-            for row in rows:
-                for field, value in row.items():
-                    console.print(Text.assemble((f"    {line(field)}: ", "dim"), _plain(value)))
-                console.print()
+            _show_rows(rows, console)
+
+
+def _show_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    for row in rows:
+        for field, value in row.items():
+            console.print(Text.assemble((f"    {line(field)}: ", "dim"), _plain(value)))
+        console.print()
 
 
 def _stage(name: str, directory: Path, manifest: Manifest, sample: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from selfimprove.records import Generation, Message, Verdict
 from selfimprove.store import Artifact, model_identity, read_rows, row_seed
 from selfimprove.training.job import Job, PairRow, Weights
 
+LOSSES = "losses-00000.parquet"
 MEASURED = frozenset({"tokens_per_second", "peak_memory_mib"})  # they differ from run to run
 
 
@@ -209,6 +210,7 @@ class StageIO:
             preference=preference,
             references={name: self._weights(name) for name in self.models if name != "start"},
             name=f"{self.iteration}-{self.stage}-{out}",
+            losses=folder / LOSSES if out == "policy" and preference and not trial else None,
         )
         last = launch.train(job)
         passes = optimizer.epochs

@@ -56,3 +56,4 @@ class Job(NamedTuple):
     preference: recipe.Train | None = None  # unset = supervised fine-tuning on the chosen answers
     references: dict[str, Weights] = {}  # noqa: RUF012  # by the recipe's names; "initial" too where chunks are ordered
     name: str = "training"
+    losses: Path | None = None  # Parquet file of each pair's loss at each step, where it is wanted

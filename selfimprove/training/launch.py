@@ -114,6 +114,7 @@ def _job(values: dict[str, Any]) -> Job:
             "preference": values["preference"] and Train.model_validate(values["preference"]),
             "start": weights(values["start"]),
             "references": {name: weights(pair) for name, pair in values["references"].items()},
+            "losses": values["losses"] and Path(values["losses"]),
             "progress": lambda done, total: _say({"done": done, "total": total}),
         }
     )

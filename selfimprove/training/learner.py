@@ -22,6 +22,7 @@ from selfimprove.training.job import PairRow, Tree
 from selfimprove.training.logps import EMPTY, Scorer, sums, tolerance
 from selfimprove.training.losses import Bound, Quantities, reward_margins
 from selfimprove.training.packing import share, size, trees_of
+from selfimprove.training.pair_losses import ByPair
 from selfimprove.training.player import Player
 from selfimprove.training.references import Cached, Live, Reference
 
@@ -69,12 +70,13 @@ class Columns(NamedTuple):
     concentration: Tensor  # (R,) mean over tokens of log p(token) - log sum_v p(v)^2
     references: Tensor  # (references, R)
     noise: Tensor  # (3, N): of the rejected answer log p_noise for the model and for the noise, sum of sigma
+    losses: Tensor  # (N,) each pair's own, the mean of its entries
     from_cache: list[bool]  # which rows of `references` every process knows already
 
     def shared(self) -> list[Tensor]:
         """What must be summed over the processes."""
         moving = [row for row, known in zip(self.references, self.from_cache, strict=True) if not known]
-        return [self.policy, self.concentration, self.noise, *moving]
+        return [self.policy, self.concentration, self.noise, self.losses, *moving]
 
 
 class Learner:
@@ -118,6 +120,7 @@ class Learner:
         self.schedule: Any = transformers.get_scheduler(settings.scheduler, self.optimizer, warmup, steps)
         self.steps_done = 0
         self.tokens_done = 0
+        self.by_pair = ByPair([], [])  # of the last step
         self.begins_at_reference = False  # whether policy and references are the same at the first step
         scorer.measure = "concentration" in bound.needs
 
@@ -222,6 +225,7 @@ class Learner:
             concentration=zeros(batch.responses),
             references=zeros(len(self.references), batch.responses),
             noise=zeros(3, len(batch.pairs)),
+            losses=zeros(len(batch.pairs)),
             from_cache=[isinstance(reference, Cached) for reference in self.references],
         )
         for row, reference in zip(columns.references, self.references, strict=True):
@@ -318,6 +322,7 @@ class Learner:
                 alpha=self.player.section.alpha,
                 tokens_per_pair=sum(len(p.rejected_ids) for p in batch.pairs) / len(batch.pairs),
             )
+        columns.losses[list(which)] = model.detach().reshape(-1, len(which)).mean(0).double()
         share = len(which) / len(batch.pairs)  # of the batch; a pair may have more than one entry
         loss = model.mean() * share
         objective = loss if player is None else loss + player.mean() * share
@@ -371,10 +376,13 @@ class Learner:
             "tokens_per_second": fed / seconds,
             "padding_share": 1 - fed / run,
         }
+        unknown = [None] * len(every)
+        self.by_pair = ByPair(columns.losses.tolist() if self.bound.by_pair else unknown, unknown)
         shown["logps/chosen"] = q.policy_chosen_logps.mean().item()
         if not any(pair.rejected_ids for pair in batch.pairs):  # supervised fine-tuning
             return shown
         better, worse = (self.bound.beta * reward for reward in reward_margins(q))
+        self.by_pair = self.by_pair._replace(margins=(better - worse).tolist())
         shown |= {
             "logps/rejected": q.policy_rejected_logps.mean().item(),
             "rewards/chosen": better.mean().item(),

@@ -293,6 +293,7 @@ class Spec(NamedTuple):
     coupled: bool = False  # the value of a pair depends on the others of its batch; so it does with nll = "batch"
     needs: frozenset[str] = frozenset()  # further inputs
     state: Callable[[int, Mapping[str, Any]], State] | None = None  # from seed and parameters
+    by_pair: bool = True  # see Bound
 
 
 LOSSES: Mapping[str, Spec] = {
@@ -323,8 +324,8 @@ LOSSES: Mapping[str, Spec] = {
     "bco_pair": Spec(bco_pair),
     "nca": Spec(nca),
     "exo": Spec(exo),
-    "aot": Spec(coupling.aot, coupled=True),
-    "aot_unpaired": Spec(coupling.aot_unpaired, coupled=True),
+    "aot": Spec(coupling.aot, coupled=True, by_pair=False),
+    "aot_unpaired": Spec(coupling.aot_unpaired, coupled=True, by_pair=False),
     "discopop": Spec(discopop),
     "f_dpo_js": Spec(f_dpo_js),
     "rpo": Spec(rpo),
@@ -392,6 +393,7 @@ class Bound(NamedTuple):
     coupled: bool
     needs: frozenset[str]
     state: State | None
+    by_pair: bool = True  # whether an entry is a pair's own, which it is not where the batch is sorted
 
 
 def of(section: Train, seed: int = 0) -> Bound:
@@ -420,7 +422,7 @@ def _bound(choice: Choice, seed: int) -> Bound:
     p = {name: p.default for name, p in inspect.signature(function).parameters.items() if name != "q"}
     state = spec.state(seed, p) if spec.state else None
     coupled = spec.coupled or p.get("nll") == "batch"
-    return Bound(function, p.get("beta", 1.0), spec.references, coupled, spec.needs, state)
+    return Bound(function, p.get("beta", 1.0), spec.references, coupled, spec.needs, state, spec.by_pair)
 
 
 def _mixed(choices: Sequence[Choice], seed: int) -> Bound:
@@ -439,6 +441,7 @@ def _mixed(choices: Sequence[Choice], seed: int) -> Bound:
         coupled=any(member.coupled for member in members),
         needs=frozenset().union(*(member.needs for member in members)),
         state=coupling.Mixed(states) if any(state is not None for state in states) else None,
+        by_pair=all(member.by_pair for member in members),
     )
 
 

@@ -23,6 +23,7 @@ from selfimprove.training.learner import Learner
 from selfimprove.training.logps import Mode, Scorer, choose_mode
 from selfimprove.training.losses import Bound
 from selfimprove.training.packing import size, trees_of
+from selfimprove.training.pair_losses import ByPair, PairLosses, cut, flushed
 from selfimprove.training.player import Player
 from selfimprove.training.references import Cached, Live, Reference
 from selfimprove.training.trackers import open_trackers
@@ -61,13 +62,14 @@ def fit(job: Job, world: World) -> dict[str, float]:
             elif number == 0:
                 _probe(learner, batches)
             else:  # the chunk's reference is the policy as it is now
-                checkpoint.save(job.scratch, learner, {"chunk": number, "lines": log.lines})
+                checkpoint.save(job.scratch, learner, log.at(number))
             for step, batch in enumerate(batches[learner.steps_done :], learner.steps_done + 1):
                 shown = _step(learner, batch, first=step == 1)
-                log.write(shown | {"epoch": step * job.optimizer.epochs / len(batches)})
+                log.write(shown | {"epoch": step * job.optimizer.epochs / len(batches)}, batch, learner.by_pair)
                 if step % job.machine.checkpoint_steps == 0 and step < len(batches):
-                    checkpoint.save(job.scratch, learner, {"chunk": number, "lines": log.lines})
+                    checkpoint.save(job.scratch, learner, log.at(number))
                 log.progress(sum(len(c) for c in chunks[:number]), step, batches)
+        log.publish()
     finally:
         log.close()
     _save(job, policy, module, world)
@@ -326,24 +328,27 @@ class _OutOfMemory:
 
 
 class _Log:
-    """metrics.jsonl, the trackers, the progress bar; the first process's only."""
+    """metrics.jsonl, the pairs' losses, the trackers, the progress bar; the first process's only."""
 
     def __init__(self, job: Job, world: World, lines: int, mode: Mode) -> None:
         self.job, self.first, self.lines, self.mode = job, world.first, lines, mode
         self.path = job.scratch / "metrics.jsonl"
         self.processes = distributed.sum_(torch.ones((), device=world.device), world).item()  # that really answered
         self._trackers: list[Any] = []
+        self._losses: PairLosses | None = None
         if self.first:
-            job.scratch.mkdir(parents=True, exist_ok=True)
-            kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if lines else []
-            self.path.write_text("".join(kept), encoding="utf-8")
+            cut(self.path, lines)
+            if job.losses:
+                self._losses = PairLosses(job.scratch / "losses.jsonl", job.losses, lines)
             settings = {"optimizer": job.optimizer.model_dump(), "seed": job.seed}
             self._trackers = open_trackers(job.machine.trackers, job.cache.parent / "trackers", job.name, settings)
 
-    def write(self, metrics: dict[str, float]) -> None:
+    def write(self, metrics: dict[str, float], pairs: Sequence[PairRow], by_pair: ByPair) -> None:
         """One optimiser step."""
         self.lines += 1
         if self.first:
+            if self._losses:
+                self._losses.write(self.lines, metrics["epoch"], pairs, by_pair)
             about = {
                 "packed": float(self.mode == "packed"),
                 "processes": self.processes,
@@ -354,6 +359,18 @@ class _Log:
                 file.write(json.dumps(line) + "\n")
             for tracker in self._trackers:
                 tracker.log(self.lines, line)
+
+    def at(self, chunk: int) -> dict[str, int]:
+        """What a checkpoint says of the lines that it goes with, which are on the disk then."""
+        for path in [self.path, *([self._losses.path] if self._losses else [])] if self.first else []:
+            if path.exists():
+                flushed(path)
+        return {"chunk": chunk, "lines": self.lines}
+
+    def publish(self) -> None:
+        """Leave the pairs' losses where the artifact wants them."""
+        if self._losses:
+            self._losses.publish()
 
     def progress(self, before: int, step: int, batches: list[list[PairRow]]) -> None:
         """Steps done, of all chunks."""

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -71,6 +72,7 @@ def job(folder: Path, rows: list[PairRow], preference: dict | None = None, machi
         progress=lambda done, total: None,
         preference=section,
         references={"initial": start, "previous": start, "path": start},
+        losses=folder / "losses-00000.parquet" if preference else None,
     )
 
 
@@ -80,3 +82,7 @@ def lines(folder: Path) -> list[dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return transformers.AutoModelForCausalLM.from_pretrained(folder / "policy").state_dict()
+
+
+def losses(folder: Path) -> list[dict]:
+    return pq.read_table(folder / "losses-00000.parquet").to_pylist()

@@ -61,6 +61,8 @@ def test_killed_at_random_steps_the_weights_are_those_of_an_uninterrupted_run(tm
         process.join()
         assert process.exitcode == 0
     assert model_identity(folder / "policy") == model_identity(tmp_path / "whole" / "policy")
+    one, other = ((path / "losses-00000.parquet").read_bytes() for path in (folder, tmp_path / "whole"))
+    assert one == other
     measured = ("tokens_per_second", "peak_memory_mib")
     for one, other in zip(lines(folder), lines(tmp_path / "whole"), strict=True):
         assert {k: v for k, v in one.items() if k not in measured} == {

@@ -5,7 +5,7 @@ import torch
 
 from selfimprove.errors import UserError
 from selfimprove.training import launch
-from tests.training.conftest import job, lines, weights
+from tests.training.conftest import job, lines, losses, weights
 
 DPO = {"loss": {"name": "dpo", "beta": 0.1}, "reference": "previous"}
 NOISY = {"loss": {"name": "gamma_dpo", "beta": 0.5}, "reference": "previous", "noise": {"kind": "trainable"}}
@@ -34,6 +34,9 @@ def test_two_processes_equal_one(tmp_path, pairs, case):
     for one, two in zip(said, told, strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected", "num_tokens"):
             assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), name
+    for one, two in zip(*(losses(tmp_path / name) for name in ("one", "two")), strict=True):
+        assert (one["pair_id"], one["step"], one["epoch"]) == (two["pair_id"], two["step"], two["epoch"])
+        assert (one["loss"], one["margin"]) == pytest.approx((two["loss"], two["margin"]), rel=1e-4, abs=1e-5)
     for name, tensor in alone.items():
         torch.testing.assert_close(tensor, shared[name], rtol=0, atol=5e-5, msg=name)
 
