@@ -7,11 +7,12 @@ import contextlib
 import errno
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -218,10 +219,7 @@ def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:
     if directory not in [step.directory for step in every]:
         known = ", ".join(step.directory for step in every)
         raise UserError(f"run '{run.name}' has no stage '{directory}'", f"stages: {known}")
-    affected = {directory}
-    for step in every:  # in order, so that dependents of dependents are found in one pass
-        if upstream(step) & affected:
-            affected.add(step.directory)
+    affected = made_from(chosen, [directory])
     others = [e for e in examine(run, chosen) if e.status == "stale" and e.step.directory not in affected]
     if others:
         raise UserError(
@@ -229,12 +227,38 @@ def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:
             f"begin there: selfimprove resume {run.name} --again {others[0].step.directory}",
         )
     with run.lock():
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        aside = run.path / "aside" / f"{stamp}-{len(list(run.path.glob('aside/*'))) + 1}"
-        moved = [s.directory for s in every if s.directory in affected and (run.path / s.directory).exists()]
-        for name in moved:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(run.path / name, aside / name)
+        return move_aside(run, affected)
+
+
+def made_from(chosen: Recipe, directories: Collection[str]) -> list[str]:
+    """Those stages, and all whose artifacts are made from theirs, in order."""
+    affected: list[str] = []
+    for step in steps(chosen):  # in order, so that dependents of dependents are found in one pass
+        if step.directory in directories or upstream(step) & set(affected):
+            affected.append(step.directory)
+    return affected
+
+
+def move_aside(run: Run, names: Sequence[str]) -> list[str]:
+    """Move what is there of these files and directories into `aside/`; the run's lock is held. Returns what was moved.
+
+    A link is moved itself, and nothing behind it.
+
+    Raises:
+        UserError: `aside` is a link, and would lead out of the run.
+    """
+    if (run.path / "aside").is_symlink():
+        raise UserError(f"{run.path / 'aside'} is a symbolic link", "remove it; a directory of that name is made")
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    aside = run.path / "aside" / f"{stamp}-{len(list(run.path.glob('aside/*'))) + 1}"
+    moved = []
+    for name in names:
+        top = name.partition("/")[0]
+        part = top if (run.path / top).is_symlink() else name
+        if os.path.lexists(run.path / part):
+            (aside / part).parent.mkdir(parents=True, exist_ok=True)
+            (run.path / part).rename(aside / part)
+            moved.append(part)
     return moved
 
 

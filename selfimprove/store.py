@@ -163,11 +163,8 @@ def broken_seal(text: str) -> str:
     seal = told.pop("seal", "")
     if unknown := sorted(told.keys() - Manifest.model_fields.keys()):
         return f"has a field that no manifest has: {unknown[0]}"
-    if seal and (
-        seal != key_of(told) or text != json.dumps(told | {"seal": seal}, indent=1, ensure_ascii=False) + "\n"
-    ):
-        return "differs from its seal"
-    return ""
+    whole = json.dumps(told | {"seal": seal}, indent=1, ensure_ascii=False) + "\n"
+    return "differs from its seal" if seal and (seal != key_of(told) or text != whole) else ""
 
 
 def read_manifest(directory: Path) -> Manifest | None:
