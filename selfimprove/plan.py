@@ -389,10 +389,12 @@ def remembered_digest(run: Run, path: Path) -> str:
     memory = run.path / "digests.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # no such file, no JSON, no UTF-8: it is only a memory
         known = {}
-    if known.get(str(path), {}).get("stamp") == stamp:
-        return str(known[str(path)]["digest"])
+    known = known if isinstance(known, dict) else {}
+    remembered = known.get(str(path))
+    if isinstance(remembered, dict) and remembered.get("stamp") == stamp and "digest" in remembered:
+        return str(remembered["digest"])
     digest = key_of({f.name: sha256(f) for f in files}) if path.is_dir() else sha256(path)
     if run.locked:  # readers of a run write nothing
         known[str(path)] = {"stamp": stamp, "digest": digest}

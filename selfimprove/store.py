@@ -470,12 +470,12 @@ class Run:
         return state
 
     def about(self) -> dict[str, Any]:
-        """The content of run.json; empty before the run exists."""
+        """The content of run.json; empty before the run exists, and where it is damaged."""
         try:
-            found: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # no JSON, or no UTF-8
             return {}
-        return found
+        return found if isinstance(found, dict) else {}
 
     def point(self, link: str, iteration: int) -> None:
         """Let `latest` or `best` point at an iteration."""

@@ -103,10 +103,8 @@ def _split(numbers: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def _preference(row: Comparison) -> tuple[tuple[Key, Key], Preference]:
-    first, second = (
-        (row.prompt_id, row.first_source, row.first_sample),
-        (row.prompt_id, row.second_source, row.second_sample),
-    )
+    first = row.prompt_id, row.first_source, row.first_sample
+    second = row.prompt_id, row.second_source, row.second_sample
     return (first, second), Preference(row.forward, row.swapped, row.reason)
 
 
@@ -133,7 +131,8 @@ def _unlike(at: At, section: recipe.Label, asked: Sequence[Candidate], part: Par
         scores = {key: won[key].score if key in won else None for key in known}
         for pair in part.preferences:
             if not set(pair) <= known:
-                yield f"{at.directory}/comparisons-*.parquet: {_name(pair[0])} against {_name(pair[1])} is of no answers"
+                names = " against ".join(map(_name, pair))
+                yield f"{at.directory}/comparisons-*.parquet: {names} is of no answers"
     elif again(section.judge):
         said = judges.bind(section.judge)(asked, None)  # type: ignore[arg-type]  # a program asks no model
         scores = {one.key: opinion.score for one, opinion in zip(asked, said, strict=True)}

@@ -37,7 +37,8 @@ def _generations(at: At) -> Iterator[str]:
     prompts = _prompts(at)
     asked = {"current": section.n, "initial": section.initial_n}
     if at.manifest.rows.rows_in != len(prompts) * sum(asked.values()):
-        yield f"{at.directory / 'manifest.json'} says {at.manifest.rows.rows_in} completions in, and {len(prompts)} prompts"
+        file, rows_in = at.directory / "manifest.json", at.manifest.rows.rows_in
+        yield f"{file} says {rows_in} completions in, and there are {len(prompts)} prompts"
     policies = at.manifest.ingredients["models"]
     for row in _completions(at.directory, "generations"):
         name = f"{at.directory}/generations-*.parquet: {row['prompt_id']}/{row['source']}/{row['sample']}"

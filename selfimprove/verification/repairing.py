@@ -19,7 +19,7 @@ class Repaired(NamedTuple):
 
 
 def repair(run: Run, found: Found) -> Repaired:
-    """Set aside every broken artifact, what was made from it, and the run's own files that are made again by themselves.
+    """Set aside every broken artifact, what was made from it, and files of the run that are made again by themselves.
 
     Raises:
         UserError: another process writes the run, or its recipe cannot be read.
