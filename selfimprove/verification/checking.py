@@ -97,7 +97,7 @@ def _of_step(run: Run, chosen: Recipe, step: Step, sources: Sources, notes: list
     yield from wrong
     if wrong:  # rows that cannot be read, or are of another kind, can be held against nothing
         return
-    for check in (lineage.check, derive.check):
+    for check in (rows.contract, lineage.check, derive.check):
         try:
             yield from check(at)
         except Unchecked as error:
