@@ -45,7 +45,7 @@ def check(at: At) -> Iterator[str]:
         yield from _unlike(at, section, asked, part)
         found = [(one, _opinion(part.verdicts.get(one.key))) for one in asked]
         of = paired(section, rule, at.step.iteration, at.seed, found, part.preferences, part.prompt_ids, golds)
-        yield from _changed(at, of, part, section.quota)
+        yield from _changed(at, of, part)
         made += [(pair.pair_id, pair.prompt_id) for pair in of.pairs]
         dropped += [*of.dropped, *((p, quarantined[p]) for p in left_out)]
     said = sum(1 for _ in dicts(at.directory, "verdicts", ["sample"]))
@@ -143,7 +143,7 @@ def _unlike(at: At, section: recipe.Label, asked: Sequence[Candidate], part: Par
             yield f"{file}: {_name(key)} has the score {verdict.score}, and the judge gives {scores[key]}"
 
 
-def _changed(at: At, made: Paired, part: Part, quota: int | None) -> Iterator[str]:
+def _changed(at: At, made: Paired, part: Part) -> Iterator[str]:
     """Stored pairs that are not what the rule gives; which pairs there are is looked at elsewhere."""
     for pair in made.pairs:
         stored = part.stored.get(pair.pair_id)
@@ -257,5 +257,5 @@ def check_discriminate(at: At) -> Iterator[str]:
     ids = {row.prompt_id: row.prompt_token_ids for row in rows}
     made, _ = discriminate.paired(at.step.iteration, at.seed, found, ids, golds)
     stored = {pair.pair_id: pair for pair in read(at.directory, "pairs", Pair, _all)}
-    yield from _changed(at, Paired(made, [], None), Part(asked, ids, {}, {}, stored), None)  # type: ignore[arg-type]
+    yield from _changed(at, Paired(made, [], None), Part(asked, ids, {}, {}, stored))  # type: ignore[arg-type]
     yield from _listed(at, [pair.pair_id for pair in made])
