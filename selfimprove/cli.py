@@ -382,23 +382,61 @@ def diff(
 
 
 @app.command()
-def verify(run: RunName, as_json: AsJson = False) -> None:
-    """Hash every artifact again and compare with its manifest; exit code 3 when something differs."""
-    from selfimprove.status import verify as check_files
+def verify(
+    run: RunName,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Set broken stages aside, and what was made from them; make nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every file, row and figure of a run against what they are made from; exit code 3 when something differs."""
+    from rich.console import Console
 
-    found, chosen = _open(run)
-    broken, files = check_files(found, chosen)
+    from selfimprove import verification
+    from selfimprove.report.escape import line
+    from selfimprove.report.progress import Checking
+
+    place = _place(run)
+    with Checking(Console(stderr=True)) as bar:
+        found = verification.verify(place, bar.progress)
+    mended = verification.repair(place, found) if repair else None
+    sentences = [problem.sentence for problem in found.broken]
     if as_json:
-        _json({"run": run, "files": files, "broken": broken})
+        told = {"run": run, "files": found.files, "broken": sentences, "notes": found.notes, "seconds": found.seconds}
+        if mended:
+            told["repair"] = {"set_aside": mended.moved, "again": mended.again}
+        _json(told)
     else:
-        for sentence in broken:
-            print(sentence)
-        print(f"{files} files checked, {len(broken)} broken")
-        if broken:
-            hint = "selfimprove resume RUN --from NUMBER/STAGE makes a broken stage and what follows anew"
-            print(f"\nhint: {hint}", file=sys.stderr)
-    if broken:
+        for sentence in sentences:
+            print(line(sentence))
+        for note in found.notes:
+            print(f"note: {line(note)}", file=sys.stderr)
+        print(f"{found.files} files checked, {len(sentences)} broken")
+        _say_repaired(run, found, mended)
+    if found.broken if mended is None else mended.left:
         raise typer.Exit(3)
+
+
+def _say_repaired(run: str, found: Any, mended: Any) -> None:
+    """What was set aside, what will run again, and the command that does it."""
+    from selfimprove.report.escape import line
+
+    if mended is None:
+        if any(problem.directory or problem.file for problem in found.broken):
+            hint = f"selfimprove verify {run} --repair sets aside what is broken and what was made from it"
+            print(f"\nhint: {hint}", file=sys.stderr)
+        elif found.broken:
+            print(f"\nhint: put the file back as it was; selfimprove plan {run} says what follows", file=sys.stderr)
+        return
+    for name in mended.moved:
+        print(f"set aside {line(name)}")
+    if mended.again:
+        print(f"will run again: {', '.join(mended.again)}")
+        print(f"\nhint: selfimprove resume {run}", file=sys.stderr)
+    elif not mended.moved:
+        print("nothing to repair" if not mended.left else "nothing that could be set aside would mend it")
+    if mended.left and mended.moved:
+        print(f"not mended: {len(mended.left)}", file=sys.stderr)
 
 
 @app.command()
@@ -672,13 +710,20 @@ def demo_build(
 def _open(name: str) -> tuple[Any, Any]:
     """A run that exists, and its recipe."""
     from selfimprove import recipe_file
+
+    run = _place(name)
+    return run, recipe_file.load(run.recipe_file)
+
+
+def _place(name: str) -> Any:
+    """A run that exists."""
     from selfimprove.store import Run
 
     run = Run(RUNS / name)
     if "/" in name or not run.exists():
         known = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/recipe.toml"))) or "none"
         raise UserError(f"no run '{name}' in {RUNS.resolve()}", f"runs here: {known}")
-    return run, recipe_file.load(run.recipe_file)
+    return run
 
 
 def _json(value: Any) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -315,15 +315,13 @@ def called(step: Step) -> str:
     return f"{step.iteration}/{step.name.partition('-')[2]}"
 
 
-def dependents(recipe: Recipe, step: Step) -> list[Step]:
-    """A step and whatever is made from it, in order."""
-    affected = {step.directory}
-    found = []
-    for one in steps(recipe):  # in order, so that dependents of dependents are found in one pass
-        if one.directory in affected or upstream(one) & affected:
-            affected.add(one.directory)
-            found.append(one)
-    return found
+def dependents(recipe: Recipe, directories: Collection[str]) -> list[str]:
+    """Those stages, and all whose artifacts are made from theirs, by directory and in order."""
+    affected: list[str] = []
+    for step in steps(recipe):  # in order, so that dependents of dependents are found in one pass
+        if step.directory in directories or upstream(step) & set(affected):
+            affected.append(step.directory)
+    return affected
 
 
 def examine(run: Run, recipe: Recipe, again: Step | None = None) -> list[Examined]:
@@ -472,10 +470,12 @@ def remembered_digest(run: Run, path: Path) -> str:
     memory = run.path / "digests.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # no such file, no JSON, no UTF-8: it is only a memory
         known = {}
-    if known.get(str(path), {}).get("stamp") == stamp:
-        return str(known[str(path)]["digest"])
+    known = known if isinstance(known, dict) else {}
+    remembered = known.get(str(path))
+    if isinstance(remembered, dict) and remembered.get("stamp") == stamp and "digest" in remembered:
+        return str(remembered["digest"])
     digest = key_of({f.name: sha256(f) for f in files}) if path.is_dir() else sha256(path)
     if run.locked:  # readers of a run write nothing
         known[str(path)] = {"stamp": stamp, "digest": digest}

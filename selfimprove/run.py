@@ -7,6 +7,7 @@ import contextlib
 import errno
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -323,19 +324,36 @@ def set_aside(run: Run, chosen: Recipe, stage: str) -> list[str]:
 
 
 def _move_aside(run: Run, chosen: Recipe, step: Step) -> list[str]:
-    affected = [one.directory for one in dependents(chosen, step)]
+    affected = dependents(chosen, [step.directory])
     others = [e for e in examine(run, chosen) if e.status == "stale" and e.step.directory not in affected]
     if others:
         raise UserError(
             f"{others[0].step.directory} is stale too ({others[0].reason}), and is not made from {step.directory}",
             f"begin there: selfimprove resume {run.name} --from {called(others[0].step)}",
         )
+    return move_aside(run, affected)
+
+
+def move_aside(run: Run, names: Sequence[str]) -> list[str]:
+    """Move what is there of these files and directories into `aside/`; the run's lock is held. Returns what was moved.
+
+    A link is moved itself, and nothing behind it.
+
+    Raises:
+        UserError: `aside` is a link, and would lead out of the run.
+    """
+    if (run.path / "aside").is_symlink():
+        raise UserError(f"{run.path / 'aside'} is a symbolic link", "remove it; a directory of that name is made")
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     aside = run.path / "aside" / f"{stamp}-{len(list(run.path.glob('aside/*'))) + 1}"
-    moved = [name for name in affected if (run.path / name).exists()]
-    for name in moved:
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(run.path / name, aside / name)
+    moved = []
+    for name in names:
+        top = name.partition("/")[0]
+        part = top if (run.path / top).is_symlink() else name
+        if os.path.lexists(run.path / part):
+            (aside / part).parent.mkdir(parents=True, exist_ok=True)
+            (run.path / part).rename(aside / part)
+            moved.append(part)
     return moved
 
 

@@ -1,4 +1,4 @@
-"""What a run looks like from outside: its state and scores, and whether its files are what they were."""
+"""What a run looks like from outside: its state and scores."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from selfimprove.evaluation import splits
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Step, examine, steps
 from selfimprove.recipe import Recipe
 from selfimprove.stages import gate
-from selfimprove.store import Run, broken_outputs, read_json, read_manifest
+from selfimprove.store import Run, read_json
 
 
 def read_scores(run: Run, step: Step) -> dict[str, Any] | None:
@@ -99,22 +99,3 @@ def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
         "sft": beside.get(SFT_EVALUATE),
         "control": beside.get(CONTROL_EVALUATE),
     }
-
-
-def verify(run: Run, chosen: Recipe) -> tuple[list[str], int]:
-    """Every published file against its manifest: what is broken, a sentence each, and how many files were read."""
-    broken: list[str] = []
-    files = 0
-    for step in steps(chosen):
-        directory = run.path / step.directory
-        try:
-            manifest = read_manifest(directory)
-        except UserError as error:
-            broken.append(error.message)
-            continue
-        if manifest is None and directory.exists():
-            broken.append(f"{directory} has no manifest.json")
-        if manifest:
-            files += len(manifest.outputs) + 1
-            broken += broken_outputs(directory, manifest)
-    return broken, files

@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -147,12 +148,29 @@ class Manifest(pydantic.BaseModel):
     seconds: float
     tokens: int
     finished: str
+    seal: str = ""  # hash of all the rest; "" in manifests of versions that had none
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The content of manifest.json: one way to write it, and sealed, so that no byte of it can change unseen."""
+    told = json.loads(manifest.model_dump_json(exclude={"seal"}))
+    return json.dumps(told | {"seal": key_of(told)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def broken_seal(text: str) -> str:
+    """What is wrong with the text of a manifest that can be read, in words; empty where nothing is."""
+    told = json.loads(text)
+    seal = told.pop("seal", "")
+    if unknown := sorted(told.keys() - Manifest.model_fields.keys()):
+        return f"has a field that no manifest has: {unknown[0]}"
+    whole = json.dumps(told | {"seal": seal}, indent=1, ensure_ascii=False) + "\n"
+    return "differs from its seal" if seal and (seal != key_of(told) or text != whole) else ""
 
 
 def read_manifest(directory: Path) -> Manifest | None:
     """The manifest of a published artifact; None where nothing is published."""
     try:
-        text = (directory / "manifest.json").read_text(encoding="utf-8")
+        text = (directory / "manifest.json").read_bytes()
     except FileNotFoundError:
         return None
     try:
@@ -174,20 +192,61 @@ def missing_outputs(directory: Path, manifest: Manifest) -> list[str]:
     ]
 
 
-def broken_outputs(directory: Path, manifest: Manifest) -> Iterator[str]:
-    """The files of an artifact that are missing, altered, or not in its manifest, each as one sentence."""
+def broken_outputs(directory: Path, manifest: Manifest, read: Callable[[int], None] | None = None) -> Iterator[str]:
+    """The files of an artifact that are missing, altered, or not in its manifest, each as one sentence.
+
+    Links are named and not followed; nothing outside the directory is read.
+
+    Args:
+        directory: the artifact's.
+        manifest: its own.
+        read: told how many bytes have been read, again and again.
+    """
+    files, others = _walked(directory)
+    listed = {output.path for output in manifest.outputs} | {"manifest.json"}
     for output in manifest.outputs:
         path = directory / output.path
-        if not path.is_file():
+        if output.path in others:
+            continue  # named below
+        if output.path not in files:
             yield f"{path} is missing"
-        elif path.stat().st_size != output.bytes or sha256(path) != output.sha256:
+        elif path.stat().st_size != output.bytes or _read(path, read) != output.sha256:
             yield f"{path} differs from its manifest"
     if key_of(manifest.ingredients) != manifest.key:
         yield f"{directory / 'manifest.json'} has a key that is not the hash of its ingredients"
-    listed = {output.path for output in manifest.outputs} | {"manifest.json"}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        if path.relative_to(directory).as_posix() not in listed:
-            yield f"{path} is not in its manifest"
+    for name, what in sorted(others.items()):
+        yield f"{directory / name} is {what}"
+    for name in sorted(files - listed):
+        yield f"{directory / name} is not in its manifest"
+
+
+def _walked(directory: Path) -> tuple[set[str], dict[str, str]]:
+    """The plain files below a directory, and what is neither that nor a directory: links, pipes, devices."""
+    files: set[str] = set()
+    others: dict[str, str] = {}
+    for at, folders, names in os.walk(directory, followlinks=False):
+        for name in [*folders, *names]:
+            path = Path(at) / name
+            mode, inside = path.lstat().st_mode, path.relative_to(directory).as_posix()
+            if stat.S_ISLNK(mode):
+                others[inside] = "a symbolic link"
+            elif stat.S_ISREG(mode):
+                files.add(inside)
+            elif not stat.S_ISDIR(mode):
+                others[inside] = "no plain file"
+    return files, others
+
+
+def _read(path: Path, read: Callable[[int], None] | None) -> str:
+    """`sha256` that tells how far it is."""
+    if read is None:
+        return sha256(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            read(len(chunk))
+    return digest.hexdigest()
 
 
 # --- writing an artifact -----------------------------------------------------------------------------------------
@@ -276,7 +335,7 @@ class Artifact:
             tokens=self.tokens,
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-        write_atomically(self.partial / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+        write_atomically(self.partial / "manifest.json", manifest_text(manifest))
         self._reveal()
         return manifest
 
@@ -417,12 +476,12 @@ class Run:
         return state
 
     def about(self) -> dict[str, Any]:
-        """The content of run.json; empty before the run exists."""
+        """The content of run.json; empty before the run exists, and where it is damaged."""
         try:
-            found: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # no JSON, or no UTF-8
             return {}
-        return found
+        return found if isinstance(found, dict) else {}
 
     def point(self, link: str, iteration: int) -> None:
         """Let `latest` or `best` point at an iteration."""

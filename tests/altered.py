@@ -11,7 +11,17 @@ from selfimprove import recipe_file
 from selfimprove.recipe import Recipe
 from selfimprove.records import Sample
 from selfimprove.stages import evaluate
-from selfimprove.store import Artifact, Manifest, Output, arrow_schema, key_of, read_manifest, read_rows, sha256
+from selfimprove.store import (
+    Artifact,
+    Manifest,
+    Output,
+    arrow_schema,
+    key_of,
+    manifest_text,
+    read_manifest,
+    read_rows,
+    sha256,
+)
 
 
 def copied(run: Path, name: str) -> Path:
@@ -25,7 +35,7 @@ def stage(run: Path, iteration: int, name: str) -> Path:
 
 
 def change_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest; its outputs and its key are made true again."""
+    """Change a manifest; its outputs, its key and its seal are made true again."""
     manifest = read_manifest(directory)
     assert manifest
     told = manifest.model_dump()
@@ -35,7 +45,7 @@ def change_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -
         Output(path=p.relative_to(directory).as_posix(), bytes=p.stat().st_size, sha256=sha256(p)) for p in files
     ]
     told["key"] = key_of(told["ingredients"])
-    (directory / "manifest.json").write_text(Manifest.model_validate(told).model_dump_json(indent=1), encoding="utf-8")
+    (directory / "manifest.json").write_text(manifest_text(Manifest.model_validate(told)), encoding="utf-8")
 
 
 def resample(run: Path, iteration: int, change: Callable[[list[Sample]], list[Sample]]) -> list[Sample]:

@@ -1,9 +1,8 @@
-"""The main path with the fake engine: skip, resume after SIGKILL, stale and why, verify, status, what may not enter."""
+"""The main path with the fake engine: skip, resume after SIGKILL, stale and why, status, what may not enter."""
 
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -316,24 +315,6 @@ class TestStale:
         assert (fake_run / "iter-002/2-generate").is_dir()
         assert not (fake_run / "aside").exists()
         assert file.read_text() == before
-
-
-class TestVerify:
-    def test_one_flipped_bit_anywhere_is_found_and_named(self, fake_run):
-        assert selfimprove("verify", "fake").code == 0
-        rng = random.Random(0)
-        files = [p for p in fake_run.glob("iter-*/*/**/*") if p.is_file() and p.name != "manifest.json"]
-        assert len(files) > 40
-        for path in files:
-            whole = path.read_bytes()
-            position = rng.randrange(len(whole))
-            path.write_bytes(
-                whole[:position] + bytes([whole[position] ^ (1 << rng.randrange(8))]) + whole[position + 1 :]
-            )
-            broken = json.loads((result := selfimprove("verify", "fake", "--json")).out)["broken"]
-            assert result.code == 3
-            assert [str(path.relative_to(fake_run)) in sentence for sentence in broken] == [True]
-            path.write_bytes(whole)
 
 
 class TestStatus:

@@ -15,7 +15,7 @@ from selfimprove.evaluation.health import panel
 from selfimprove.plan import Examined
 from selfimprove.recipe import Recipe
 from selfimprove.recipe_file import dump
-from selfimprove.report import charts, evidence, figures, samples, tables
+from selfimprove.report import charts, evidence, figures, imprint, samples, tables
 from selfimprove.report.answer import answer, matrix
 from selfimprove.report.charts import Mark
 from selfimprove.report.diff import Piece
@@ -45,7 +45,7 @@ def render(run: Run, recipe: Recipe, encode: facts.Encode | None = None) -> str:
         environment.filters[name] = getattr(figures, name)
     environment.filters |= {"cut": cut, "mark": samples.mark, "pieces": pieces}
     template = environment.from_string((HERE / "report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(content(run, recipe, encode))
+    return imprint.stamp(template.render(content(run, recipe, encode)), run, recipe, encode is not None)
 
 
 def content(run: Run, recipe: Recipe, encode: facts.Encode | None = None) -> dict[str, Any]:

@@ -6,14 +6,14 @@ is trained anew from the initial model on all pairs labelled so far; its implici
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from selfimprove import data, judges, recipe
 from selfimprove.errors import UserError
-from selfimprove.judges import Judge, acquisition
+from selfimprove.judges import Candidate, Judge, Opinion, acquisition
 from selfimprove.judges.pairing import Dropped, Judged, as_row, best_vs_worst
-from selfimprove.records import Generation, Pair, Verdict
+from selfimprove.records import Generation, Pair, Seed, Verdict
 from selfimprove.stages.io import StageIO
 from selfimprove.store import read_rows
 from selfimprove.training.job import PairRow
@@ -144,16 +144,36 @@ def _gold(io: StageIO, section: recipe.Discriminate, rows: Sequence[Generation])
         ),
     )
     ids = {row.prompt_id: row.prompt_token_ids for row in rows}
-    judged = (Judged(c, o.score) for c, o in zip(candidates, opinions, strict=True))
-    pairs: list[Pair] = []
-    unpaired: dict[str, int] = {}
-    for prompt_id, group in itertools.groupby(judged, key=lambda j: j.candidate.prompt_id):
-        found = best_vs_worst(list(group), random.Random(io.row_seed(prompt_id)))
-        if isinstance(found, Dropped):
-            unpaired[found.reason] = unpaired.get(found.reason, 0) + 1
-        else:
-            source = seeds[prompt_id].source if prompt_id in seeds else ""
-            pairs += [as_row(io.iteration, k, ids[prompt_id], source, *one) for k, one in enumerate(found)]
+    pairs, unpaired = paired(io.iteration, io.row_seed, zip(candidates, opinions, strict=True), ids, seeds)
     io.out.write_rows("pairs", Pair, pairs)
     io.out.metrics["labelled prompts without a pair"] = unpaired
     return pairs, {(c.prompt_id, c.sample): o.score for c, o in zip(candidates, opinions, strict=True)}
+
+
+def paired(
+    iteration: int,
+    row_seed: Callable[[str], int],
+    found: Iterable[tuple[Candidate, Opinion]],
+    prompt_ids: Mapping[str, list[int]],
+    golds: Mapping[str, Seed],
+) -> tuple[list[Pair], dict[str, int]]:
+    """The best against the worst answer of each prompt, and how many prompts have no pair, by reason. Pure.
+
+    Args:
+        iteration: of the stage.
+        row_seed: the stage's seed of a row.
+        found: answers, those of a prompt together, and what the judge says of them.
+        prompt_ids: token ids of each prompt.
+        golds: the seeds by prompt_id.
+    """
+    pairs: list[Pair] = []
+    unpaired: dict[str, int] = {}
+    judged = (Judged(candidate, opinion.score) for candidate, opinion in found)
+    for prompt_id, group in itertools.groupby(judged, key=lambda j: j.candidate.prompt_id):
+        best = best_vs_worst(list(group), random.Random(row_seed(prompt_id)))
+        if isinstance(best, Dropped):
+            unpaired[best.reason] = unpaired.get(best.reason, 0) + 1
+        else:
+            source = golds[prompt_id].source if prompt_id in golds else ""
+            pairs += [as_row(iteration, k, prompt_ids[prompt_id], source, *one) for k, one in enumerate(best)]
+    return pairs, unpaired

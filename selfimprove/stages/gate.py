@@ -20,24 +20,45 @@ PROMOTE, ROLL_BACK = "promote", "roll back"
 
 def run(io: StageIO, section: recipe.Gate) -> None:
     """Write gate.json."""
-    from selfimprove.evaluation.gate import decide
-
+    last = read_json(io.inputs["last"] / FILE) if "last" in io.inputs else None
     new, best, base = (_samples(io, name) for name in ("evaluation", "best", "base"))
-    last = read_json(io.inputs["last"] / FILE) if "last" in io.inputs else {"best": 0, "without": 0}
-    decision = decide(_scores(new), _scores(best), section, io.iteration, _health(new, base), last["without"])
-    promoted = decision.decision == PROMOTE
-    chosen = io.iteration if promoted else last["best"]
-    without = 0 if promoted else last["without"] + 1
-    told: dict[str, Any] = decision._asdict() | {
-        "iteration": io.iteration,
-        "best": chosen,
-        "goes_on_from": chosen if decision.decision == ROLL_BACK else io.iteration,
-        "without": without,  # rounds in a row without a promotion
-    }
+    told = decided(section, io.iteration, new, best, base, last)
     io.out.write_json(FILE, told)
-    io.out.metrics |= {"decision": decision.decision, "best": chosen}
+    io.out.metrics |= {"decision": told["decision"], "best": told["best"]}
     prompts = len({sample.prompt_id for sample in new})
     io.out.contract("prompt", prompts, prompts)
+
+
+def decided(
+    section: recipe.Gate,
+    iteration: int,
+    new: list[Sample],
+    best: list[Sample],
+    base: list[Sample],
+    last: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The content of gate.json. Pure.
+
+    Args:
+        section: the recipe's [gate].
+        iteration: the round that is judged.
+        new: its answers, of the selection split.
+        best: those of the best round so far.
+        base: those of the base model.
+        last: gate.json of the round before; None in the first.
+    """
+    from selfimprove.evaluation.gate import decide
+
+    before = last or {"best": 0, "without": 0}
+    decision = decide(_scores(new), _scores(best), section, iteration, _health(new, base), before["without"])
+    promoted = decision.decision == PROMOTE
+    chosen = iteration if promoted else before["best"]
+    return decision._asdict() | {
+        "iteration": iteration,
+        "best": chosen,
+        "goes_on_from": chosen if decision.decision == ROLL_BACK else iteration,
+        "without": 0 if promoted else before["without"] + 1,  # rounds in a row without a promotion
+    }
 
 
 def _samples(io: StageIO, name: str) -> list[Sample]:

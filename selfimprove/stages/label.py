@@ -1,6 +1,5 @@
 """Verdicts on completions, and the preference pairs that follow from them."""
 
-import dataclasses
 import itertools
 import random
 from collections import Counter
@@ -10,11 +9,14 @@ from typing import NamedTuple
 from selfimprove import data, judges, recipe
 from selfimprove.errors import UserError
 from selfimprove.judges import Candidate, Opinion, Preference
-from selfimprove.judges.pairing import RULES, Dropped, Judged, Rule, as_row, kept, shares_won
+from selfimprove.judges.pairing import RULES, Rule, shares_won
 from selfimprove.records import Comparison, Flip, Generation, Pair, Seed, Verdict
 from selfimprove.stages.acquire import acquired
 from selfimprove.stages.io import StageIO
 from selfimprove.stages.judge_audit import write_audit
+from selfimprove.stages.pairs import candidates as gathered
+from selfimprove.stages.pairs import flips as flips_of
+from selfimprove.stages.pairs import paired, relabelled, within
 from selfimprove.store import read_rows
 
 VERSION = 3
@@ -88,7 +90,7 @@ def run(io: StageIO, section: recipe.Label) -> None:
     found = _findings(io, section.judge, candidates)
     write_audit(io, section, candidates, found.opinions, found.preferences)
     pairs = _pairs(io, section, rule, candidates, found, prompt_ids)
-    flips = [_flip(pair) for pair in pairs if section.pairing.name == "dynamic" and pair.chosen_source == "current"]
+    flips = flips_of(section, pairs)
     if section.relabel:
         again, turned = _relabelled(io, section)
         pairs, flips = [*again, *pairs], [*turned, *flips]
@@ -120,59 +122,26 @@ def _pairs(
     prompt_ids: Mapping[str, list[int]],
 ) -> list[Pair]:
     """What the rule proposes and nothing speaks against; prompts without a pair are quarantined with the reason."""
-    sources = {s.prompt_id: s.source for s in _seeds(io)}
-    compared = found.preferences if section.judge and judges.compares(section.judge) else None
-    pairs: list[Pair] = []
-    refused: Counter[str] = Counter()
-    paired = 0
-    judged = (Judged(c, o.score) for c, o in zip(candidates, found.opinions, strict=True))
-    for prompt_id, group in itertools.groupby(judged, key=lambda j: j.candidate.prompt_id):
-        proposed = rule(list(group), random.Random(io.row_seed(prompt_id)))
-        if isinstance(proposed, Dropped):
-            io.out.quarantine(prompt_id, proposed.reason)
-            continue
-        good, bad = kept(proposed, section.min_margin, section.max_length_ratio, compared)
-        refused.update(one.reason for one in bad)
-        if not good:
-            io.out.quarantine(prompt_id, bad[0].reason)
-            continue
-        paired += 1
-        source = sources.get(prompt_id, "")
-        pairs += [as_row(io.iteration, k, prompt_ids[prompt_id], source, *one) for k, one in enumerate(good)]
-    if refused:
-        io.out.metrics["pairs refused"] = dict(refused)
+    golds = {s.prompt_id: s for s in _seeds(io)}
+    judged = zip(candidates, found.opinions, strict=True)
+    made = paired(section, rule, io.iteration, io.row_seed, judged, found.preferences, prompt_ids, golds)
+    pairs = made.pairs
+    for prompt_id, reason in made.dropped:
+        io.out.quarantine(prompt_id, reason)
+    if made.refused:
+        io.out.metrics["pairs refused"] = dict(made.refused)
     if section.quota is not None:
-        pairs, over = _within(pairs, section.quota, random.Random(io.row_seed("quota")))
+        places, over = within([p.prompt_id for p in pairs], section.quota, random.Random(io.row_seed("quota")))
+        pairs = [pairs[i] for i in places]
         for prompt_id in over:
             io.out.quarantine(prompt_id, "over quota")
-        paired -= len(over)
         io.out.metrics["pairs short of quota"] = section.quota - len(pairs)
-    io.out.contract("prompt", len(prompt_ids), paired)
+    io.out.contract("prompt", len(prompt_ids), len({pair.prompt_id for pair in pairs}))
     return pairs
 
 
-def _within(pairs: list[Pair], quota: int, rng: random.Random) -> tuple[list[Pair], list[str]]:
-    """As many pairs as the quota, drawn at random, and the prompts that have lost all of theirs."""
-    if len(pairs) <= quota:
-        return pairs, []
-    chosen = [pairs[i] for i in sorted(rng.sample(range(len(pairs)), quota))]
-    left = {pair.prompt_id for pair in chosen}
-    return chosen, list(dict.fromkeys(pair.prompt_id for pair in pairs if pair.prompt_id not in left))
-
-
-def _flip(pair: Pair) -> Flip:
-    """A dynamic label that went to the generated answer."""
-    return Flip(
-        pair.pair_id, pair.prompt_id, pair.iteration, "dynamic",
-        pair.rejected_source, pair.chosen_source, pair.rejected_score, pair.chosen_score,
-    )  # fmt: skip
-
-
 def _relabelled(io: StageIO, section: recipe.Label) -> tuple[list[Pair], list[Flip]]:
-    """The pairs of the round before (its own and those it relabelled), scored anew by this round's judge.
-
-    A pair stays as it is where a score is unknown or both are the same, and turns where the rejected one scores more.
-    """
+    """The pairs of the round before (its own and those it relabelled), scored anew by this round's judge."""
     if "relabelled" not in io.inputs:
         return [], []
     old = read_rows(io.inputs["relabelled"], "pairs", Pair)
@@ -180,39 +149,11 @@ def _relabelled(io: StageIO, section: recipe.Label) -> tuple[list[Pair], list[Fl
     flips: list[Flip] = []
     scores = _pair_scores(io, section.judge, old) if section.judge else []
     for pair, (chosen, rejected) in zip(old, scores, strict=True):
-        turned = chosen is not None and rejected is not None and rejected > chosen
-        if turned:
-            pairs.append(_turned(pair, chosen, rejected))
-            flips.append(
-                Flip(
-                    pair.pair_id,
-                    pair.prompt_id,
-                    io.iteration,
-                    "relabelled",
-                    pair.chosen_source,
-                    pair.rejected_source,
-                    chosen,
-                    rejected,
-                )
-            )
-        else:
-            pairs.append(dataclasses.replace(pair, chosen_score=chosen, rejected_score=rejected))
+        again, turned = relabelled(pair, chosen, rejected, io.iteration)
+        pairs.append(again)
+        flips += [turned] if turned else []
     io.out.metrics |= {"pairs relabelled": len(old), "relabelled flips": len(flips)}
     return pairs, flips
-
-
-def _turned(pair: Pair, chosen: float | None, rejected: float | None) -> Pair:
-    return dataclasses.replace(
-        pair,
-        chosen=pair.rejected,
-        rejected=pair.chosen,
-        chosen_source=pair.rejected_source,
-        rejected_source=pair.chosen_source,
-        chosen_score=rejected,
-        rejected_score=chosen,
-        chosen_token_ids=pair.rejected_token_ids,
-        rejected_token_ids=pair.chosen_token_ids,
-    )
 
 
 def _pair_scores(io: StageIO, choice: recipe.Choice, pairs: Sequence[Pair]) -> list[tuple[float | None, float | None]]:
@@ -320,20 +261,7 @@ def _candidates(io: StageIO) -> tuple[list[Candidate], dict[str, list[int]]]:
     rows = read_rows(io.inputs["generations"], "generations", Generation)
     if "refinements" in io.inputs:
         rows += read_rows(io.inputs["refinements"], "refinements", Generation)
-    golds = {s.prompt_id: s for s in _seeds(io)}
-    by_prompt: dict[str, list[Generation]] = {}
-    for row in rows:
-        by_prompt.setdefault(row.prompt_id, []).append(row)
-
-    candidates: list[Candidate] = []
-    for prompt_id, group in by_prompt.items():
-        gold = golds.get(prompt_id)
-        if gold:
-            ids = io.chat.completion_ids(gold.prompt, gold.completion)
-            candidates.append(Candidate(prompt_id, gold.prompt, "gold", 0, gold.completion, ids, "stop"))
-        answer = gold.completion if gold else None
-        candidates += [judges.candidate(row, answer) for row in group]
-    return candidates, {prompt_id: group[0].prompt_token_ids for prompt_id, group in by_prompt.items()}
+    return gathered(rows, {s.prompt_id: s for s in _seeds(io)}, io.chat.completion_ids)
 
 
 def _reasons(io: StageIO) -> str:

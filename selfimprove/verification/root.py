@@ -1,0 +1,73 @@
+"""What a run keeps beside its artifacts: run.json, digests.json, the links to the latest and the best round."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from selfimprove.recipe import Recipe
+from selfimprove.status import standing
+from selfimprove.store import Run, key_of, model_files, sha256
+
+DIGESTS = "digests.json"
+
+
+def check(run: Run, chosen: Recipe | None) -> Iterator[tuple[str, str | None]]:
+    """What is wrong, and which file to set aside, where it is made again by itself."""
+    for name in ("run.json", DIGESTS):
+        path = run.path / name
+        told, wrong = _table(path)
+        mended = DIGESTS if name == DIGESTS else None
+        if wrong:
+            yield f"{path} {wrong}", mended
+        elif name == DIGESTS and told:
+            yield from ((f"{path} has a wrong hash of {outside}", mended) for outside in _wrong_digests(told))
+    for name in ("latest", "best"):
+        link = run.path / name
+        if link.is_symlink() and len(link.readlink().parts) != 1:
+            yield f"{link} points out of the run", name
+    if chosen is not None:
+        yield from _links(run, chosen)
+
+
+def _table(path: Path) -> tuple[dict[str, Any], str]:
+    if path.is_symlink():
+        return {}, "is a symbolic link"
+    if not path.exists():
+        return {}, "is missing" if path.name == "run.json" else ""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, f"is damaged: {error}"
+    return (told, "") if isinstance(told, dict) else ({}, "is damaged: no table")
+
+
+def _wrong_digests(told: dict[str, Any]) -> Iterator[str]:
+    """Files outside the run that look as they did and hash to something else than is remembered."""
+    for name, known in told.items():
+        path = Path(name)
+        if not isinstance(known, dict) or not {"stamp", "digest"} <= known.keys():
+            yield name
+            continue
+        if not path.exists():
+            continue
+        inside = model_files(path) if path.is_dir() else [path]
+        stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in inside]
+        if stamp == known["stamp"]:
+            digest = key_of({file.name: sha256(file) for file in inside}) if path.is_dir() else sha256(path)
+            if digest != known["digest"]:
+                yield name
+
+
+def _links(run: Run, chosen: Recipe) -> Iterator[tuple[str, str | None]]:
+    try:
+        found = standing(run, chosen)
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # scores.json or gate.json is damaged, which is told elsewhere
+    for name, number in (("latest", found.latest), ("best", found.best)) if found else ():
+        link = run.path / name
+        wanted = f"iter-{number:03d}"
+        if not link.is_symlink():
+            yield f"{link} is missing: it would point to {wanted}", name
+        elif link.readlink() != Path(wanted) and len(link.readlink().parts) == 1:
+            yield f"{link} points to {link.readlink()}, and the {name} round is {wanted}", name
