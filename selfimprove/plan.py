@@ -24,6 +24,7 @@ from selfimprove.store import (
     model_files,
     read_json,
     read_manifest,
+    read_memory,
     sha256,
     write_atomically,
 )
@@ -255,7 +256,7 @@ class Sources:
             if source not in self._digests:
                 try:
                     self._digests[source] = self._content(source)
-                except UserError:
+                except (UserError, OSError):  # gone, or not ours to read
                     return None
             return self._digests[source]
         iteration, name, *inside = source.split("/")
@@ -387,12 +388,10 @@ def remembered_digest(run: Run, path: Path) -> str:
     files = model_files(path) if path.is_dir() else [path]
     stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     memory = run.path / "digests.json"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        known = {}
-    if known.get(str(path), {}).get("stamp") == stamp:
-        return str(known[str(path)]["digest"])
+    known = read_memory(memory)
+    match known.get(str(path)):
+        case {"stamp": seen, "digest": str(remembered)} if seen == stamp and re.fullmatch("[0-9a-f]{64}", remembered):
+            return remembered
     digest = key_of({f.name: sha256(f) for f in files}) if path.is_dir() else sha256(path)
     if run.locked:  # readers of a run write nothing
         known[str(path)] = {"stamp": stamp, "digest": digest}

@@ -12,7 +12,7 @@ from selfimprove import plan, status
 from selfimprove.errors import UserError
 from selfimprove.recipe import Recipe
 from selfimprove.report.escape import line
-from selfimprove.store import Manifest, Run, read_manifest
+from selfimprove.store import Manifest, Run, intact, read_manifest
 
 HIDDEN = ("prompt_token_ids", "token_ids", "logprobs", "chosen_token_ids", "rejected_token_ids")  # long and unreadable
 
@@ -85,7 +85,7 @@ def rows_of(directory: Path, count: int) -> dict[str, list[dict[str, Any]]]:
 
     found: dict[str, list[dict[str, Any]]] = {}
     for shard in sorted(directory.glob("*-00000.parquet")):
-        file = pq.ParquetFile(shard)
+        file = pq.ParquetFile(intact(shard))
         columns = [name for name in file.schema_arrow.names if name not in HIDDEN]
         batches = file.iter_batches(batch_size=max(1, count), columns=columns)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
