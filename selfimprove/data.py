@@ -185,9 +185,8 @@ def locate(name: str, what: str, section: str = "data") -> Path:
     path = Path(name)
     if (found := textfile.there(name)) != "file":
         but = {"directory": ", but a directory", "else": ", but a pipe or a device"}.get(found, "")
-        raise UserError(
-            f"{section}.{what}: no file {path} in {Path.cwd()}{but}", f"{section}.{what} of the recipe names it"
-        )
+        sentence = f"{section}.{what}: no file {path} in {Path.cwd()}{but}"
+        raise UserError(sentence, f"{section}.{what} of the recipe names it")
     return path.resolve()
 
 
