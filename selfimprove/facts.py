@@ -10,7 +10,7 @@ from selfimprove import plan, recipe
 from selfimprove.evaluation import diversity, splits
 from selfimprove.evaluation.round_facts import RoundFacts
 from selfimprove.stages import evaluate, generate, label, synthesize, train
-from selfimprove.store import Manifest, Run, intact, missing_outputs, read_json, read_lines, read_manifest
+from selfimprove.store import Manifest, Run, intact, missing_outputs, read_json, read_lines, read_manifest, shards
 
 if TYPE_CHECKING:
     import numpy as np
@@ -213,7 +213,7 @@ def _columns(directory: Path, name: str, columns: Sequence[str]) -> Iterator["pa
     """Some columns of a table's shards, a few thousand rows at a time; those that it has not are left out."""
     import pyarrow.parquet as pq
 
-    for shard in sorted(directory.glob(f"{name}-[0-9]*.parquet")):
+    for shard in shards(directory, name):
         file = pq.ParquetFile(intact(shard))
         yield from file.iter_batches(ROWS, columns=[c for c in columns if c in file.schema_arrow.names])
 

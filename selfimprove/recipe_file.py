@@ -96,8 +96,9 @@ def _absolute_benchmark(benchmark: Benchmark) -> Benchmark:
 def _absolute_judge(choice: Choice) -> Choice:
     """A judge whose model is a directory, with its whole path; those of an ensemble too."""
     table = choice.model_dump()
-    for one in [table, *table.get("judges", [])]:
-        if isinstance(one.get("model"), str):
+    inner = table.get("judges")
+    for one in [table, *(inner if isinstance(inner, list) else [])]:
+        if isinstance(one, dict) and isinstance(one.get("model"), str):
             one["model"] = _absolute(one["model"])
     return Choice.model_validate(table)
 

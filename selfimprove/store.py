@@ -6,6 +6,7 @@ means immutable. A key is the hash of readable ingredients, so that a difference
 
 import contextlib
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -96,9 +97,18 @@ def read_rows(directory: Path, name: str, record: type[Row]) -> list[Row]:
     import pyarrow.parquet as pq
 
     rows: list[Row] = []
-    for shard in sorted(directory.glob(f"{name}-[0-9]*.parquet")):
+    for shard in shards(directory, name):
         rows += [record(**row) for row in pq.read_table(intact(shard), schema=arrow_schema(record)).to_pylist()]
     return rows
+
+
+def shards(directory: Path, name: str) -> list[Path]:
+    """The shards of one kind of row in order: those that were published, also where one is gone."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return sorted(directory.glob(f"{name}-[0-9]*.parquet"))
+    listed = (output.path for output in manifest.outputs)
+    return sorted(directory / path for path in listed if fnmatch.fnmatch(path, f"{name}-[0-9]*.parquet"))
 
 
 def read_json(path: Path) -> Any:
@@ -494,10 +504,10 @@ class Run:
     def read_state(self) -> State | None:
         """What the writer last said; "running" only while that very process lives (on this host)."""
         try:
-            state = State.model_validate_json((self.path / "state.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
+            if not os.path.lexists(self.path / "state.json"):
+                return None
+            state = State.model_validate(textfile.parse_json(textfile.read(self.path / "state.json")))
+        except (UserError, ValueError):
             return State(state="stopped", pid=0, process_started=0, host="", error="state.json cannot be read")
         if state.state == "running" and state.host == socket.gethostname() and not _alive(state):
             return state.model_copy(update={"state": "stopped", "error": "the process was killed"})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from selfimprove.evaluation import splits
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Examined, Step
 from selfimprove.stages import evaluate, train
-from selfimprove.store import intact, read_json, read_lines
+from selfimprove.store import intact, read_json, read_lines, shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,11 +103,6 @@ def rows_at(directory: Path, name: str, wanted: Sequence[str], positions: Iterab
                 found[position] = batch.slice(position - offset, 1).to_pylist()[0]
             offset += batch.num_rows
     return found
-
-
-def shards(directory: Path, name: str) -> list[Path]:
-    """The shards of one kind of row, in order."""
-    return sorted(directory.glob(f"{name}-[0-9]*.parquet"))
 
 
 def in_rounds(root: Path, file: str) -> dict[int, dict[str, Any]]:

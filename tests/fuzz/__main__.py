@@ -5,6 +5,7 @@ python -m tests.fuzz --recipes 10000 --files 10000 --artifacts 2000 [--seed 0] [
 
 import argparse
 import collections
+import contextlib
 import os
 import random
 import sys
@@ -26,8 +27,13 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=50, help="findings after which it stops")
     given = parser.parse_args()
     found = 0
-    with tempfile.TemporaryDirectory() as folder, cases.quick(Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        if given.artifacts:
+            (Path(folder) / "artifacts").mkdir()
+            os.chdir(Path(folder) / "artifacts")
+            artifacts.prepare(Path.cwd())
         os.chdir(folder)
+        stack.enter_context(cases.quick(Path(folder)))
         for name, one in (("recipes", cases.recipe), ("files", cases.file), ("artifacts", artifacts.case)):
             if number := getattr(given, name):
                 found += many(name, one, range(given.first, number), given.seed, given.most - found)
@@ -40,7 +46,7 @@ def many(
 ) -> int:
     """All cases of a kind; returns how many findings there were."""
     folder = Path(name).resolve()
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
     began, shown, slowest = time.monotonic(), time.monotonic(), (0.0, 0)
     ended: collections.Counter[str] = collections.Counter()

@@ -6,6 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
+from tests import conftest
 from tests.fuzz import mutation, oracle
 
 RUN = "fake"
@@ -63,3 +64,13 @@ def case(folder: Path, rng: random.Random, number: int) -> oracle.Told:
         path.write_bytes(kept)
         shutil.rmtree(folder / "out", ignore_errors=True)
         (folder / "out").mkdir()
+
+
+def prepare(folder: Path) -> None:
+    """A finished run and its twin, made with the fake engine; the working directory is `folder`."""
+    conftest.cut(40)
+    made = conftest.selfimprove("iterate", "--rounds", "1", "--run", RUN, *conftest.QUICK)
+    if made.code:
+        raise RuntimeError(made.err)
+    shutil.copytree(folder / "runs" / RUN, folder / "runs" / "other", symlinks=True)
+    (folder / "out").mkdir(exist_ok=True)

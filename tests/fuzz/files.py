@@ -76,7 +76,7 @@ FORMATS = [
         lambda file: [["audit", "--data", file, "--verdicts", "right-verdicts.jsonl", "--json"]],
     ),
     Format(
-        "verdicts", _rows(lambda rng, k: {**LLMBAR, "index": k}),
+        "verdicts", _rows(lambda rng, k: {**LLMBAR, "index": k, "label": str(1 + k % 2)}),
         lambda file: [["audit", "--data", "right-pairs.jsonl", "--verdicts", file, "--json"]],
     ),
     Format(
