@@ -14,7 +14,7 @@ from selfimprove.evaluation import lm_harness
 from tests.fuzz import files, oracle, recipes
 
 # besides its own name: by its entry in the recipe or by its row, by the file that it does not fit, or /proc/self/mem
-NAMES = ("data.seeds", "data.heldout", "seed '", "right-", "/mem", "Punkt", "benchmarks.own")
+NAMES = ("data.seeds", "data.heldout", "seed '", "right-", "labelled/", "/mem", "Punkt", "benchmarks.own")
 
 
 @contextlib.contextmanager
