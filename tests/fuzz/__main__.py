@@ -71,8 +71,11 @@ def many(
                 f"{name}: {done} of {len(numbers)}, {done / (shown - began):.0f} a second", file=sys.stderr, flush=True
             )
     seconds = time.monotonic() - began
-    print(f"{name}: {len(numbers)} cases, seed {seed}, {seconds:.0f} s: {dict(ended)}, {findings} findings;"
-          f" slowest {slowest[0]:.1f} s (number {slowest[1]})", flush=True)  # fmt: skip
+    print(
+        f"{name}: {len(numbers)} cases, seed {seed}, {seconds:.0f} s: {dict(ended)}, {findings} findings;"
+        f" slowest {slowest[0]:.1f} s (number {slowest[1]})",
+        flush=True,
+    )
     os.chdir(folder.parent)
     return findings
 

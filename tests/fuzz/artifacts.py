@@ -11,11 +11,20 @@ from tests.fuzz import mutation, oracle
 
 RUN = "fake"
 COMMANDS = [
-    ["status", RUN, "--json"], ["status", RUN], ["plan", RUN, "--json"], ["plan", RUN], ["verify", RUN, "--json"],
-    ["inspect", RUN], ["inspect", RUN, "1"], ["inspect", RUN, "1/label", "--json"], ["inspect", RUN, "0/evaluate"],
-    ["gate", RUN], ["compare", RUN, "other", "--json"],
-    ["report", RUN, "--out", "out/report.html"], ["export", RUN, "--out", "out/export"],
-]  # fmt: skip
+    ["status", RUN, "--json"],
+    ["status", RUN],
+    ["plan", RUN, "--json"],
+    ["plan", RUN],
+    ["verify", RUN, "--json"],
+    ["inspect", RUN],
+    ["inspect", RUN, "1"],
+    ["inspect", RUN, "1/label", "--json"],
+    ["inspect", RUN, "0/evaluate"],
+    ["gate", RUN],
+    ["compare", RUN, "other", "--json"],
+    ["report", RUN, "--out", "out/report.html"],
+    ["export", RUN, "--out", "out/export"],
+]
 
 
 def case(folder: Path, rng: random.Random, number: int) -> oracle.Told:

@@ -62,21 +62,27 @@ MT = "Rating: [[7]]"
 FORMATS = [
     Format(
         "seeds",
-        _rows(lambda rng, k: {"id": f"s{k}", "prompt": f"Own prompt number {k}.", "completion": f"c{k}", "source": "a"}),
+        _rows(
+            lambda rng, k: {"id": f"s{k}", "prompt": f"Own prompt number {k}.", "completion": f"c{k}", "source": "a"}
+        ),
         _planned("data.seeds='FILE'"),
     ),
     Format(
-        "heldout", _rows(lambda rng, k: {"id": f"h{k}", "prompt": f"Held-out prompt {k}.", "answer": "1"}),
+        "heldout",
+        _rows(lambda rng, k: {"id": f"h{k}", "prompt": f"Held-out prompt {k}.", "answer": "1"}),
         _planned("data.heldout='FILE'"),
     ),
-    Format("corpus", lambda rng: "red foxes meet tigers\ngreen boats left harbours\n" * 4, _planned("data.corpus='FILE'")),
+    Format(
+        "corpus", lambda rng: "red foxes meet tigers\ngreen boats left harbours\n" * 4, _planned("data.corpus='FILE'")
+    ),
     Format(
         "labelled",
         _rows(lambda rng, k: {"input": f"p{k}", "output_1": "a", "output_2": "bb", "label": 1 + k % 2}),
         lambda file: [["audit", "--data", file, "--verdicts", "right-verdicts.jsonl", "--json"]],
     ),
     Format(
-        "verdicts", _rows(lambda rng, k: {**LLMBAR, "index": k, "label": str(1 + k % 2)}),
+        "verdicts",
+        _rows(lambda rng, k: {**LLMBAR, "index": k, "label": str(1 + k % 2)}),
         lambda file: [["audit", "--data", "right-pairs.jsonl", "--verdicts", file, "--json"]],
     ),
     Format(
@@ -90,22 +96,45 @@ FORMATS = [
         _score("alpaca_lc", "--resamples", "2", "--c", "1"),
     ),
     Format(
-        "difficulty", lambda rng: "index,instruction_difficulty\n" + "".join(f"{k},{k / 7}\n" for k in range(12)),
-        lambda file: [["score", "alpaca_lc", "right-alpaca.jsonl", "--difficulty", file, "--resamples", "2", "--c", "1", "--json"]],
+        "difficulty",
+        lambda rng: "index,instruction_difficulty\n" + "".join(f"{k},{k / 7}\n" for k in range(12)),
+        lambda file: [
+            ["score", "alpaca_lc", "right-alpaca.jsonl", "--difficulty", file, "--resamples", "2", "--c", "1", "--json"]
+        ],
     ),
     Format(
         "gamed",
-        lambda rng: "model,index,len_1,std_delta_len,instruction_difficulty,preference\n"
-        + "".join(f"m,{k},{10 + k},{k / 9 - 0.5},{k / 7},{k / 12}\n" for k in range(12)),
+        lambda rng: (
+            "model,index,len_1,std_delta_len,instruction_difficulty,preference\n"
+            + "".join(f"m,{k},{10 + k},{k / 9 - 0.5},{k / 7},{k / 12}\n" for k in range(12))
+        ),
         lambda file: [
-            ["score", "alpaca_lc", "right-alpaca.jsonl", "--difficulty", "right-difficulty.csv", "--gamed", file, "--resamples", "2",
-             "--c", "1", "--json"]
+            [
+                "score",
+                "alpaca_lc",
+                "right-alpaca.jsonl",
+                "--difficulty",
+                "right-difficulty.csv",
+                "--gamed",
+                file,
+                "--resamples",
+                "2",
+                "--c",
+                "1",
+                "--json",
+            ]
         ],
     ),
     Format(
         "battles",
-        _rows(lambda rng, k: {"question_id": f"q{k // 2}", "model_a": "base", "model_b": f"m{k % 2}",
-                              "winner": rng.choice(["model_a", "model_b", "tie"])}),
+        _rows(
+            lambda rng, k: {
+                "question_id": f"q{k // 2}",
+                "model_a": "base",
+                "model_b": f"m{k % 2}",
+                "winner": rng.choice(["model_a", "model_b", "tie"]),
+            }
+        ),
         _score("arena_hard", "--resamples", "2"),
     ),
     Format(
@@ -114,15 +143,26 @@ FORMATS = [
         _score("arena_hard", "--resamples", "2", "--baseline", "base"),
     ),
     Format(
-        "gsm8k", _rows(lambda rng, k: {"question": "q", "ground_truth": f"#### {k}", "m": {"solution": f"#### {k % 3}"}}),
+        "gsm8k",
+        _rows(lambda rng, k: {"question": "q", "ground_truth": f"#### {k}", "m": {"solution": f"#### {k % 3}"}}),
         _score("gsm8k"),
     ),
-    Format("own_gsm8k", _rows(lambda rng, k: {"question": "q", "answer": f"#### {k}", "response": "#### 1"}), _score("gsm8k")),
+    Format(
+        "own_gsm8k",
+        _rows(lambda rng, k: {"question": "q", "answer": f"#### {k}", "response": "#### 1"}),
+        _score("gsm8k"),
+    ),
     Format(
         "ifeval",
-        _rows(lambda rng, k: {"key": k, "prompt": f"p{k}", "response": "a, b.", "instruction_id_list":
-                              ["punctuation:no_comma", "length_constraints:number_words"],
-                              "kwargs": [{}, {"relation": "at least", "num_words": 2}]}),
+        _rows(
+            lambda rng, k: {
+                "key": k,
+                "prompt": f"p{k}",
+                "response": "a, b.",
+                "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+                "kwargs": [{}, {"relation": "at least", "num_words": 2}],
+            }
+        ),
         _score("ifeval"),
     ),
     Format(
@@ -131,36 +171,62 @@ FORMATS = [
         _score("mt_bench"),
     ),
     Format(
-        "arena_bench", _rows(lambda rng, k: {"question_id": k // 2, "model": f"m{k % 2}", "judgment": MT, "score": 7}),
+        "arena_bench",
+        _rows(lambda rng, k: {"question_id": k // 2, "model": f"m{k % 2}", "judgment": MT, "score": 7}),
         _score("arena_bench"),
     ),
-    Format("bench_prompts", _rows(lambda rng, k: {"id": f"b{k}", "prompt": f"Bench prompt {k}.", "answer": "1"}),
-           _benchmark("prompts", judge=SCORES)),
+    Format(
+        "bench_prompts",
+        _rows(lambda rng, k: {"id": f"b{k}", "prompt": f"Bench prompt {k}.", "answer": "1"}),
+        _benchmark("prompts", judge=SCORES),
+    ),
     Format("bench_gsm8k", _rows(lambda rng, k: {"question": f"q{k}", "answer": f"#### {k}"}), _benchmark("gsm8k")),
     Format(
         "bench_ifeval",
-        _rows(lambda rng, k: {"key": k, "prompt": f"p{k}", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}),
+        _rows(
+            lambda rng, k: {
+                "key": k,
+                "prompt": f"p{k}",
+                "instruction_id_list": ["punctuation:no_comma"],
+                "kwargs": [{}],
+            }
+        ),
         _benchmark("ifeval"),
     ),
-    Format("bench_alpaca", _rows(lambda rng, k: {"instruction": f"i{k}", "output": "o"}), _benchmark("alpaca_eval", judge=COMPARES)),
     Format(
-        "bench_mt", _rows(lambda rng, k: {"question_id": k, "turns": [f"t{k}", "again"]}), _benchmark("mt_bench", judge=SCORES)
+        "bench_alpaca",
+        _rows(lambda rng, k: {"instruction": f"i{k}", "output": "o"}),
+        _benchmark("alpaca_eval", judge=COMPARES),
     ),
-    Format("bench_arena", _rows(lambda rng, k: {"uid": f"u{k}", "prompt": f"p{k}"}), _benchmark("arena_hard", judge=COMPARES, answers="answers.jsonl")),
+    Format(
+        "bench_mt",
+        _rows(lambda rng, k: {"question_id": k, "turns": [f"t{k}", "again"]}),
+        _benchmark("mt_bench", judge=SCORES),
+    ),
+    Format(
+        "bench_arena",
+        _rows(lambda rng, k: {"uid": f"u{k}", "prompt": f"p{k}"}),
+        _benchmark("arena_hard", judge=COMPARES, answers="answers.jsonl"),
+    ),
     Format(
         "lm_eval",
-        lambda rng: "task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: right-alpaca.jsonl}}\ntest_split: test\n"
-        "doc_to_text: index\nmetric_list: [{metric: exact_match}]\n",
+        lambda rng: (
+            "task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: right-alpaca.jsonl}}\n"
+            "test_split: test\n"
+            "doc_to_text: index\nmetric_list: [{metric: exact_match}]\n"
+        ),
         _benchmark("lm_eval"),
     ),
     Format(
         "study",
-        lambda rng: 'name = "s"\nseeds = [0, 1]\nrounds = 1\nbaselines = ["a"]\n[worlds.w]\ntitle = "W"\n'
-        '[arms.a]\nrecipe = "default"\n[arms.b]\nrecipe = "default"\nset = { "train.optimizer.epochs" = 2 }\n'
-        '[arms.b.in.w]\nset = { "generate.n" = 2 }\n',
+        lambda rng: (
+            'name = "s"\nseeds = [0, 1]\nrounds = 1\nbaselines = ["a"]\n[worlds.w]\ntitle = "W"\n'
+            '[arms.a]\nrecipe = "default"\n[arms.b]\nrecipe = "default"\nset = { "train.optimizer.epochs" = 2 }\n'
+            '[arms.b.in.w]\nset = { "generate.n" = 2 }\n'
+        ),
         lambda file: [["study", file, "--report-only", "--out", "out/report.md", "--json", "out/report.json"]],
     ),
-]  # fmt: skip
+]
 ENDINGS = {"difficulty": ".csv", "gamed": ".csv", "lm_eval": ".yaml", "study": ".toml", "corpus": ".txt"}
 
 

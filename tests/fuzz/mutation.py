@@ -8,10 +8,39 @@ from collections.abc import Callable
 from typing import Any
 
 TEXTS = [
-    "", " ", "\n", "0", "-1", "nan", "null", "true", "a\x00b", "\ufeffx", "x" * 5000, "../../../etc/passwd", "/dev/zero",
-    "/", ".", "demo:seeds", "demo:nothing", "org/name", "\u202egnp.exe", "e\u0301" * 40, "{{ 7 * 7 }}", "$(touch /tmp/x)",
-    "<|user|>", "a.b.c", "\x1b[2J", "server:none", "initial", "current", "dpo", "'; DROP TABLE", "😀", "e" * 300 + ".toml",
-]  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "0",
+    "-1",
+    "nan",
+    "null",
+    "true",
+    "a\x00b",
+    "\ufeffx",
+    "x" * 5000,
+    "../../../etc/passwd",
+    "/dev/zero",
+    "/",
+    ".",
+    "demo:seeds",
+    "demo:nothing",
+    "org/name",
+    "\u202egnp.exe",
+    "e\u0301" * 40,
+    "{{ 7 * 7 }}",
+    "$(touch /tmp/x)",
+    "<|user|>",
+    "a.b.c",
+    "\x1b[2J",
+    "server:none",
+    "initial",
+    "current",
+    "dpo",
+    "'; DROP TABLE",
+    "😀",
+    "e" * 300 + ".toml",
+]
 NUMBERS = [0, -1, 1, 2, 3, 7, 1 << 31, 1 << 63, 1 << 64, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, 0.1]
 STRANGE = [float("inf"), float("-inf"), float("nan")]
 
@@ -19,9 +48,16 @@ STRANGE = [float("inf"), float("-inf"), float("nan")]
 def value(rng: random.Random, depth: int = 0) -> Any:
     """Any value that JSON has, and its numbers that are none."""
     kinds: list[Callable[[], Any]] = [
-        lambda: rng.choice(TEXTS), lambda: rng.choice(NUMBERS), lambda: rng.choice(STRANGE), lambda: None,
-        lambda: rng.random() < 0.5, lambda: rng.randrange(-5, 50), lambda: rng.uniform(-2, 2), lambda: [], lambda: {},
-    ]  # fmt: skip
+        lambda: rng.choice(TEXTS),
+        lambda: rng.choice(NUMBERS),
+        lambda: rng.choice(STRANGE),
+        lambda: None,
+        lambda: rng.random() < 0.5,
+        lambda: rng.randrange(-5, 50),
+        lambda: rng.uniform(-2, 2),
+        lambda: [],
+        lambda: {},
+    ]
     if depth < 3:
         kinds += [
             lambda: [value(rng, depth + 1) for _ in range(rng.randrange(4))],
@@ -35,9 +71,15 @@ def toml_value(rng: random.Random) -> Any:
     found = value(rng)
     if rng.random() < 0.03:
         return datetime.datetime(2026, 1, 2, 3, 4, 5)
-    return json.loads(json.dumps(found), object_hook=lambda t: {k: "" if v is None else v for k, v in t.items()}) \
-        if isinstance(found, dict) else "" if found is None else [one for one in found if one is not None] \
-        if isinstance(found, list) else found  # fmt: skip
+    return (
+        json.loads(json.dumps(found), object_hook=lambda t: {k: "" if v is None else v for k, v in t.items()})
+        if isinstance(found, dict)
+        else ""
+        if found is None
+        else [one for one in found if one is not None]
+        if isinstance(found, list)
+        else found
+    )
 
 
 def places(table: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -106,8 +148,10 @@ def content(rng: random.Random, text: bytes) -> bytes:
         lambda: b"[" * deep + b"]" * deep,
         lambda: b'{"a":' * deep + b"1" + b"}" * deep,
         lambda: text[:at] + rng.choice([b"NaN", b"Infinity", b"1e400", b"-1e400", b"9" * 5000, b"1e-400"]) + text[at:],
-        lambda: text[:at] + rng.choice([b"\\ud800", b"\\u0000", b'"', b"\\", b"}", b"]", b",", b"\xed\xa0\x80"]) + text[at:],
+        lambda: (
+            text[:at] + rng.choice([b"\\ud800", b"\\u0000", b'"', b"\\", b"}", b"]", b",", b"\xed\xa0\x80"]) + text[at:]
+        ),
         lambda: text * rng.choice([2, 3]),
         lambda: rng.randbytes(rng.randrange(200)),
-    ]  # fmt: skip
+    ]
     return rng.choice(kinds)()

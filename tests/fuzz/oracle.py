@@ -1,4 +1,4 @@
-"""What every command must do with whatever it is given: end in time, with success or one sentence; write nowhere else."""
+"""What every command must do with whatever it is given: end in time, in success or one sentence; write nowhere else."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ import typer
 from selfimprove import cli
 from selfimprove.errors import UserError
 
-SECONDS = 60  # for one command; they take milliseconds
+SECONDS = 60.0  # for one command; they take milliseconds
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "shutil.rmtree")
 ALLOWED = ("__pycache__", "torchinductor", "matplotlib", "'out/", "/out/")  # libraries' own, and the folder for reports
@@ -85,18 +85,18 @@ def _run(arguments: tuple[str, ...]) -> Told:
 
 
 @contextlib.contextmanager
-def limited(arguments: tuple[str, ...], seconds: float = SECONDS) -> Iterator[None]:
+def limited(arguments: tuple[str, ...]) -> Iterator[None]:
     """An end of what takes too long."""
 
     def ring(number: int, frame: Any) -> None:
         raise Hung
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     except Hung as error:
-        raise Finding(f"{arguments}: took more than {seconds} s") from error
+        raise Finding(f"{arguments}: took more than {SECONDS} s") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -131,8 +131,9 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
     found = {}
     for at, folders, names in os.walk(folder):
         for name in [*folders, *names]:
-            told = os.lstat(os.path.join(at, name))
-            found[os.path.relpath(os.path.join(at, name), folder)] = (told.st_mode, told.st_size, told.st_mtime_ns)
+            path = Path(at) / name
+            told = path.lstat()
+            found[path.relative_to(folder).as_posix()] = (told.st_mode, told.st_size, told.st_mtime_ns)
     return found
 
 

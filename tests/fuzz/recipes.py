@@ -102,16 +102,27 @@ def of(rng: random.Random, annotation: Any) -> Any:
         int: lambda: rng.choice([0, 1, 2, 3, 8, 64, 1000, -1, 1 << 40, 10**20]),
         float: lambda: rng.choice([0.0, 0.1, 0.5, 1.0, 2.0, 1e-7, 1e300, float("inf"), float("nan"), -1.0, 1]),
         str: lambda: rng.choice([*mutation.TEXTS, *NAMES, "seeds.jsonl", "folder", "pipe"]),
-    }.get(annotation, lambda: mutation.toml_value(rng))()  # fmt: skip
+    }.get(annotation, lambda: mutation.toml_value(rng))()
 
 
 def setting(rng: random.Random, table: Any) -> str:
     """KEY=VALUE, more or less."""
     path = rng.choice([".".join(map(str, rng.choice(every_field())[0])), rng.choice(mutation.TEXTS), "train.loss.beta"])
     value = rng.choice(
-        [json.dumps(mutation.value(rng), default=str), rng.choice(mutation.TEXTS), "{name='dpo'}", "[" * 2000, "1e400",
-         "9" * 5000, "2026-01-02", "\udcff", "0x10", "'''", "{a=" * 300]
-    )  # fmt: skip
+        [
+            json.dumps(mutation.value(rng), default=str),
+            rng.choice(mutation.TEXTS),
+            "{name='dpo'}",
+            "[" * 2000,
+            "1e400",
+            "9" * 5000,
+            "2026-01-02",
+            "\udcff",
+            "0x10",
+            "'''",
+            "{a=" * 300,
+        ]
+    )
     return rng.choice([f"{path}={value}", f"{path}={value}", path, f"={value}", f"{path} = {value}"])
 
 

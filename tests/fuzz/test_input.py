@@ -2,8 +2,9 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -54,16 +55,18 @@ def test_no_row_is_lost_and_none_is_changed(tmp_path, rng):
     text = files.draw(rng, seeds)
     path = tmp_path / "seeds.jsonl"
     path.write_bytes(text)
-    try:
-        rows = data.read_seeds(path)
-    except UserError as error:
+    error = refusal(data.read_seeds, path)
+    if error:
         assert str(path) in error.message
         assert error.hint
         return
+    rows = data.read_seeds(path)
     plain = text.decode("utf-8-sig")
-    expected = json.loads(plain) if plain.lstrip().startswith("[") else [
-        json.loads(line) for line in plain.split("\n") if line.strip()
-    ]  # fmt: skip
+    expected = (
+        json.loads(plain)
+        if plain.lstrip().startswith("[")
+        else [json.loads(line) for line in plain.split("\n") if line.strip()]
+    )
     assert [(row.prompt, row.completion) for row in rows] == [(one["prompt"], one["completion"]) for one in expected]
     assert [row.prompt_id for row in rows if not row.prompt_id.startswith("seed-")] == [
         one["id"] for one in expected if "id" in one
@@ -75,36 +78,41 @@ def test_no_row_is_lost_and_none_is_changed(tmp_path, rng):
 def test_any_bytes_are_rows_or_one_sentence(tmp_path, content):
     path = tmp_path / "any.jsonl"
     path.write_bytes(content)
-    for read in (data.read_seeds, data.read_heldout, data.read_paragraphs):
-        try:
-            read(path)
-        except UserError as error:
-            assert str(path) in error.message and error.hint
+    told = [refusal(read, path) for read in (data.read_seeds, data.read_heldout, data.read_paragraphs)]
+    assert all(error is None or (str(path) in error.message and error.hint) for error in told)
 
 
-def test_the_oracle_sees_what_it_must_see(tmp_path, monkeypatch):
-    def raises(*given: str) -> None:
-        monkeypatch.setattr(oracle, "program", lambda: lambda arguments, standalone_mode: action())
-        with pytest.raises(oracle.Finding):
-            oracle.run("anything")
+def refusal(read: Callable[[Path], Any], path: Path) -> UserError | None:
+    try:
+        read(path)
+    except UserError as error:
+        return error
+    return None
 
-    def action() -> None:
-        raise KeyError("a bug")
 
-    raises()
+def a_bug(arguments, standalone_mode):
+    raise KeyError("a bug")
 
-    def action() -> None:  # type: ignore[no-redef]
-        (tmp_path / "file").write_text("somewhere")
 
-    raises()
+def a_write(arguments, standalone_mode):
+    Path("somewhere").write_text("something")
 
-    def action() -> None:  # type: ignore[no-redef]
-        while True:
-            pass
 
+def no_end(arguments, standalone_mode):
+    while True:
+        pass
+
+
+def no_hint(arguments, standalone_mode):
+    raise UserError("something is wrong")
+
+
+@pytest.mark.parametrize("wrong", [a_bug, a_write, no_end, no_hint])
+def test_the_oracle_sees_what_it_must_see(in_tmp, monkeypatch, wrong):
+    monkeypatch.setattr(oracle, "program", lambda: wrong)
     monkeypatch.setattr(oracle, "SECONDS", 0.2)
-    monkeypatch.setattr(oracle.limited.__wrapped__, "__defaults__", (0.2,))
-    raises()
+    with pytest.raises(oracle.Finding):
+        oracle.run("anything")
 
 
 def test_mutations_reach_every_kind_of_damage():
