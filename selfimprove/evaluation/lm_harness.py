@@ -221,7 +221,7 @@ def _listed(value: Any) -> list[str]:
 
 def _file(beside: Path, name: str) -> Path:
     path = beside.parent / name
-    if not path.is_file():
+    if textfile.there(path) != "file":
         raise UserError(f"{beside}: no file {path}", "paths of a task are relative to its YAML file, or absolute")
     return path
 
