@@ -20,7 +20,7 @@ TORCH_FLAGS = $(TORCH_CPU_INDEX)
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup setup-cuda demo test lint types layers tests bench-train docs lock
+.PHONY: fuzz all help setup setup-cuda demo test lint types layers tests bench-train docs lock
 
 all: setup lint types layers tests  ## set up, lint, types, import layers, tests (the default)
 
@@ -55,6 +55,11 @@ layers:
 
 tests:
 	$(BIN)/python -m pytest
+
+CASES ?= 10000
+FUZZ ?=
+fuzz: setup  ## bad input: recipes, data files, artifacts (CASES=10000 FUZZ="--seed 1 --first 5000")
+	$(BIN)/python -m tests.fuzz --recipes $(CASES) --files $(CASES) --artifacts $$(( $(CASES) / 10 )) $(FUZZ)
 
 REPEATS ?= 5
 VOCAB ?= 1024 32768

@@ -1,15 +1,16 @@
 """The input files: seeds, held-out prompts, raw text; and the keywords drawn from them."""
 
-import json
 import random
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from selfimprove import jsonl, textfile
 from selfimprove.errors import UserError
 from selfimprove.records import HeldOut, Seed
 
+Row = TypeVar("Row", Seed, HeldOut)
 DEMO = Path(__file__).parent / "demo"
 SHIPPED = {
     "demo:model": DEMO / "model",
@@ -182,19 +183,24 @@ def locate(name: str, what: str, section: str = "data") -> Path:
             raise UserError(f"{section}.{what}: nothing is shipped as '{name}'", f"shipped: {', '.join(SHIPPED)}")
         return SHIPPED[name]
     path = Path(name)
-    if not path.is_file():
-        raise UserError(f"{section}.{what}: no file {path} in {Path.cwd()}", f"{section}.{what} of the recipe names it")
+    if (found := textfile.there(name)) != "file":
+        but = {"directory": ", but a directory", "else": ", but a pipe or a device"}.get(found, "")
+        sentence = f"{section}.{what}: no file {path} in {Path.cwd()}{but}"
+        raise UserError(sentence, f"{section}.{what} of the recipe names it")
     return path.resolve()
 
 
 def read_seeds(path: Path) -> list[Seed]:
     """Seed prompts with their gold answers."""
     rows = [
-        Seed(
-            _text(row, "id", where, f"seed-{i:05d}"),
-            _text(row, "prompt", where),
-            _text(row, "completion", where),
-            _text(row, "source", where) if "source" in row else "",
+        (
+            where,
+            Seed(
+                _text(row, "id", where, f"seed-{i:05d}"),
+                _text(row, "prompt", where),
+                _text(row, "completion", where),
+                _text(row, "source", where) if "source" in row else "",
+            ),
         )
         for i, (where, row) in enumerate(_jsonl(path))
     ]
@@ -204,10 +210,13 @@ def read_seeds(path: Path) -> list[Seed]:
 def read_heldout(path: Path, what: str = "heldout") -> list[HeldOut]:
     """Held-out prompts; those without an id are named by `what` and their number."""
     rows = [
-        HeldOut(
-            _text(row, "id", where, f"{what}-{i:05d}"),
-            _text(row, "prompt", where),
-            _text(row, "answer", where) if "answer" in row else None,
+        (
+            where,
+            HeldOut(
+                _text(row, "id", where, f"{what}-{i:05d}"),
+                _text(row, "prompt", where),
+                _text(row, "answer", where) if "answer" in row else None,
+            ),
         )
         for i, (where, row) in enumerate(_jsonl(path))
     ]
@@ -216,12 +225,7 @@ def read_heldout(path: Path, what: str = "heldout") -> list[HeldOut]:
 
 def read_paragraphs(path: Path) -> list[str]:
     """The non-empty lines of the corpus."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "check data.corpus of the recipe") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8") from None
+    lines = [line.strip() for line in textfile.read(path, "check data.corpus of the recipe").splitlines()]
     paragraphs = [line for line in lines if line]
     if not paragraphs:
         raise UserError(f"{path} has no text", "give a file with one paragraph a line (data.corpus)")
@@ -271,40 +275,33 @@ def draw_corpus_keywords(paragraphs: list[str], rng: random.Random) -> list[str]
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "check the [data] section of the recipe") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error.msg}", "one JSON object a line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object", 'for example {"prompt": "...", "completion": "..."}')
-        yield where, row
+    for line, row in jsonl.rows(path):
+        yield f"{path}, line {line}", row
 
 
 def _text(row: Mapping[str, Any], field: str, where: str, default: str | None = None) -> str:
     value = row.get(field, default)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: field '{field}' must be a text that is not empty", "mend the row or remove it")
-    if re.search("[\ud800-\udfff\0]", value):
-        raise UserError(f"{where}: field '{field}' holds a character that is no text", "mend the row or remove it")
+    if wrong := re.search("[\ud800-\udfff\0]", value):
+        what = "a null byte" if wrong[0] == "\0" else f"half a character (\\u{ord(wrong[0]):04x})"
+        raise UserError(
+            f"{where}: field '{field}' holds {what} at place {wrong.start()}, and that is no text",
+            "mend the row or remove it",
+        )
     return value
 
 
-def _checked(rows: list[Any], path: Path) -> list[Any]:
+def _checked(rows: list[tuple[str, Row]], path: Path) -> list[Row]:
+    """The rows without their places; each has an id of its own, and there are two or more."""
     if len(rows) < 2:
         raise UserError(f"{path} holds {len(rows)} rows, at least 2 are needed", "one JSON object a line")
-    seen: set[str] = set()
-    for row in rows:
+    seen: dict[str, str] = {}
+    for where, row in rows:
         if row.prompt_id in seen:
-            raise UserError(f"{path}: id '{row.prompt_id}' stands twice", "give each row an id of its own")
-        seen.add(row.prompt_id)
-    return rows
+            first = seen[row.prompt_id].rpartition(", ")[2]
+            raise UserError(
+                f"{where}: id '{row.prompt_id}' stands twice, first in {first}", "give each row an id of its own"
+            )
+        seen[row.prompt_id] = where
+    return [row for _, row in rows]

@@ -1,7 +1,6 @@
 """The figures of a run that its health is read from: every artifact once, column by column, in flat memory."""
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from selfimprove import plan, recipe
 from selfimprove.evaluation import diversity, splits
 from selfimprove.evaluation.round_facts import RoundFacts
 from selfimprove.stages import evaluate, generate, label, synthesize, train
-from selfimprove.store import Manifest, Run, missing_outputs, read_manifest
+from selfimprove.store import Manifest, Run, intact, missing_outputs, read_json, read_lines, read_manifest, shards
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +135,7 @@ def _audited(path: Path) -> Figures:
     """What audit.json says of the judge; stages that asked none have no such file."""
     if not path.is_file():
         return {}
-    told = json.loads(path.read_text(encoding="utf-8"))
+    told = read_json(path)
     pairs, scores, drift = told.get("pairs") or {}, told.get("scores") or {}, told.get("drift") or {}
 
     def rate(of: Figures, name: str) -> float | None:
@@ -153,8 +152,7 @@ def _audited(path: Path) -> Figures:
 
 
 def _trained(directory: Path, section: recipe.Train, pairs: Sequence[Pairs]) -> Figures:
-    with (directory / "metrics.jsonl").open(encoding="utf-8") as lines:
-        steps = [json.loads(line) for line in lines]
+    steps = list(read_lines(directory / "metrics.jsonl"))
     if section.references:  # while the policy is the reference all rewards are 0, and no pair is ranked
         moving = next((k for k, step in enumerate(steps) if step["learning_rate"] > 0), len(steps))
         steps = steps[moving + 1 :]
@@ -215,8 +213,8 @@ def _columns(directory: Path, name: str, columns: Sequence[str]) -> Iterator["pa
     """Some columns of a table's shards, a few thousand rows at a time; those that it has not are left out."""
     import pyarrow.parquet as pq
 
-    for shard in sorted(directory.glob(f"{name}-[0-9]*.parquet")):
-        file = pq.ParquetFile(shard)
+    for shard in shards(directory, name):
+        file = pq.ParquetFile(intact(shard))
         yield from file.iter_batches(ROWS, columns=[c for c in columns if c in file.schema_arrow.names])
 
 

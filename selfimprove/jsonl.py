@@ -1,18 +1,19 @@
 """Rows of JSON files, one by one, with their line numbers; what is wrong with a file is told in a sentence."""
 
 import gzip
-import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from selfimprove import textfile
 from selfimprove.errors import UserError
 
 Line = tuple[int, Mapping[str, Any]]  # line number, row
 AS_JSON = "one JSON object a line, or a JSON array of objects"
+BOM = b"\xef\xbb\xbf"
 
 
 def rows(path: Path) -> Iterator[Line]:
@@ -22,60 +23,76 @@ def rows(path: Path) -> Iterator[Line]:
         UserError: the file cannot be read, is not JSON, or holds no rows.
     """
     number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as raw:
-            file = io.TextIOWrapper(raw, encoding="utf-8-sig")
-            for number, row in _parsed(file, path):
+    with textfile.opened(path) as file:
+        try:
+            lines = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+            for number, row in _parsed(lines, path):
                 yield number, row
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}", "check the path") from None
-    except (EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged: {error}", "fetch it again") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8") from None
+        except gzip.BadGzipFile as error:
+            raise UserError(f"{path} is no .gz file: {error}", "name it without .gz, or compress it") from None
+        except (EOFError, zlib.error) as error:
+            raise UserError(f"{path} is damaged: {error}", "fetch it again") from None
     if not number:
         raise UserError(f"{path} holds no rows", AS_JSON)
 
 
-def _parsed(file: TextIO, path: Path) -> Iterator[Line]:
-    first = True
-    for number, line in enumerate(file, 1):
+def _parsed(file: Iterable[bytes], path: Path) -> Iterator[Line]:
+    first, begins = True, b""
+    lines = iter(file)
+    for number, raw in enumerate(lines, 1):
+        begins = begins or raw[:2]
+        line = _decoded(raw.removeprefix(BOM) if number == 1 else raw, path, number, begins)
         if not line.strip():
             continue
         if first and line.lstrip().startswith("["):
-            yield from _array(line + file.read(), number, path)
+            rest = (_decoded(one, path, at, begins) for at, one in enumerate(lines, number + 1))
+            yield from _array(line + "".join(rest), number, path)
             return
         first = False
         where = f"{path}, line {number}"
         try:
-            yield number, _object(json.loads(line), where)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {_why(error)}", AS_JSON) from None
+            yield number, _object(textfile.parse_json(line), where)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON: {textfile.why(error)}", AS_JSON) from None
+
+
+def _decoded(raw: bytes, path: Path, number: int, begins: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise textfile.not_utf8(f"{path}, line {number}", error, begins) from None
 
 
 def _array(text: str, number: int, path: Path) -> Iterator[Line]:
     """The objects of an array one by one, so that a wrong one can be told by its line."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, seen = text.index("[") + 1, 0
+    decoder = json.JSONDecoder(object_pairs_hook=textfile.table)
+    between = re.compile(r"\s*(,?)\s*")
+    at, seen, some = text.index("[") + 1, 0, False
     while True:
-        at = between.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty text too
+        found = between.match(text, at)
+        assert found  # it matches the empty text too
+        at = found.end()
         number += text.count("\n", seen, at)
         seen = at
         where = f"{path}, line {number}"
         if text.startswith("]", at):
             if text[at + 1 :].strip():
                 raise UserError(f"{where}: something follows the array", AS_JSON)
+            if some and found[1]:
+                raise UserError(f"{where}: not JSON: a comma before the array's end", AS_JSON)
             return
         try:
+            if some != bool(found[1]):
+                raise ValueError("a comma stands where none belongs" if found[1] else "a comma is missing")
             row, at = decoder.raw_decode(text, at)
+            if textfile.too_deep(row):
+                raise ValueError(textfile.TOO_DEEP)
         except (ValueError, RecursionError) as error:
             line = number + text.count("\n", at, getattr(error, "pos", at))
-            raise UserError(f"{path}, line {line}: not JSON: {_why(error)}", AS_JSON) from None
+            told = textfile.why(error) if isinstance(error, ValueError) else textfile.TOO_DEEP
+            raise UserError(f"{path}, line {line}: not JSON: {told}", AS_JSON) from None
+        some = True
         yield number, _object(row, where)
-
-
-def _why(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _object(row: Any, where: str) -> Mapping[str, Any]:

@@ -4,13 +4,13 @@ import contextlib
 import re
 from pathlib import Path
 
-from selfimprove import data
+from selfimprove import data, textfile
 from selfimprove.errors import UserError
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is neither shipped nor local and looks like `org/name`."""
-    local = name in data.SHIPPED or Path(name).exists()
+    local = name in data.SHIPPED or bool(textfile.there(name))
     return not local and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
 
 
@@ -24,7 +24,7 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     """
     if name in data.SHIPPED:
         directory = data.SHIPPED[name]
-    elif Path(name).is_dir():
+    elif textfile.there(name) == "directory":
         directory = Path(name).resolve()
     elif is_hub_id(name):
         directory = _download(name, revision)

@@ -25,6 +25,7 @@ from selfimprove.store import (
     model_files,
     read_json,
     read_manifest,
+    read_memory,
     sha256,
     write_atomically,
 )
@@ -265,7 +266,7 @@ class Sources:
             if source not in self._digests:
                 try:
                     self._digests[source] = self._content(source)
-                except UserError:
+                except (UserError, OSError):  # gone, or not ours to read
                     return None
             return self._digests[source]
         iteration, name, *inside = source.split("/")
@@ -468,14 +469,10 @@ def remembered_digest(run: Run, path: Path) -> str:
     files = model_files(path) if path.is_dir() else [path]
     stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     memory = run.path / "digests.json"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # no such file, no JSON, no UTF-8: it is only a memory
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    remembered = known.get(str(path))
-    if isinstance(remembered, dict) and remembered.get("stamp") == stamp and "digest" in remembered:
-        return str(remembered["digest"])
+    known = read_memory(memory)
+    match known.get(str(path)):
+        case {"stamp": seen, "digest": str(remembered)} if seen == stamp and re.fullmatch("[0-9a-f]{64}", remembered):
+            return remembered
     digest = key_of({f.name: sha256(f) for f in files}) if path.is_dir() else sha256(path)
     if run.locked:  # readers of a run write nothing
         known[str(path)] = {"stamp": stamp, "digest": digest}

@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +43,7 @@ def check(chosen: Recipe) -> None:
         if iteration > 1:
             follows(now, rounds[iteration - 2], iteration)
     directory = locate_model(chosen.model.path)
-    positions = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    positions = checkpoints.configuration(directory).get("max_position_embeddings")
     if positions is not None and chosen.engine.max_model_len > positions and chosen.engine.kind != "fake":
         raise UserError(
             f"engine.max_model_len = {chosen.engine.max_model_len}, but the model has {positions} positions",

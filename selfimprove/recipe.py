@@ -31,7 +31,7 @@ def shipped(folder: str) -> Path:
 class Section(pydantic.BaseModel):
     """A table of the recipe; an unknown key or a value of the wrong type is an error."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Choice(pydantic.BaseModel):
@@ -457,7 +457,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = Field(0, ge=0)
-    rounds: int = Field(4, ge=1)
+    rounds: int = Field(4, ge=1, le=999)  # iterations are named by three digits
     stages: list[Literal["synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate", "gate"]]
     model: Model = Model()
     data: Data = Data()

@@ -8,8 +8,11 @@ from typing import Any
 
 import tomlkit
 
+from selfimprove import textfile
 from selfimprove.errors import UsageError, UserError
 from selfimprove.recipe import Benchmark, Choice, Data, Edit, Model, Recipe, put, shipped, validated
+
+LARGEST = 1 << 20  # bytes of a recipe or a study
 
 
 def shipped_recipes() -> list[Path]:
@@ -33,12 +36,16 @@ def load(path: Path, settings: list[str] | None = None, edits: Sequence[Edit] = 
 
 def read_toml(path: Path, what: str, gone: str, bad: str) -> dict[str, Any]:
     """The table of a TOML file; the two hints are for one that cannot be read and for one that is no TOML."""
+    text = textfile.read(path, gone, LARGEST)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read: {error.strerror}", gone) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is not valid TOML: {error}", bad) from None
+        table = tomllib.loads(text)
+    except ValueError as error:  # bad TOML, or a number with more digits than Python reads
+        raise UserError(f"{what} {path} is not valid TOML: {textfile.why(error)}", bad) from None
+    except RecursionError:
+        raise UserError(f"{what} {path} is not valid TOML: {textfile.TOO_DEEP}", bad) from None
+    if textfile.too_deep(table):
+        raise UserError(f"{what} {path}: tables {textfile.TOO_DEEP}", bad)
+    return table
 
 
 def find(name: str) -> Path:
@@ -74,7 +81,7 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if not name.startswith("demo:") and Path(name).exists() else name
+    return str(Path(name).resolve()) if not name.startswith("demo:") and textfile.there(name) else name
 
 
 def _absolute_benchmark(benchmark: Benchmark) -> Benchmark:
@@ -89,8 +96,9 @@ def _absolute_benchmark(benchmark: Benchmark) -> Benchmark:
 def _absolute_judge(choice: Choice) -> Choice:
     """A judge whose model is a directory, with its whole path; those of an ensemble too."""
     table = choice.model_dump()
-    for one in [table, *table.get("judges", [])]:
-        if isinstance(one.get("model"), str):
+    inner = table.get("judges")
+    for one in [table, *(inner if isinstance(inner, list) else [])]:
+        if isinstance(one, dict) and isinstance(one.get("model"), str):
             one["model"] = _absolute(one["model"])
     return Choice.model_validate(table)
 
@@ -125,11 +133,13 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _set(table: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     names = key.strip().split(".")
+    if len(setting) > LARGEST or re.search("[\ud800-\udfff]", setting):
+        raise UsageError("--set: a value is no UTF-8 text, or far too long", "write long values into a recipe file")
     if not equals or not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
         raise UsageError(f"--set {setting}: expected KEY=VALUE", "for example --set train.optimizer.epochs=3")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()  # a bare word is a string, so that a shell needs no nested quotes
     try:
         put(table, key.strip(), value)

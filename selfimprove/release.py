@@ -15,7 +15,7 @@ from selfimprove.recipe import Recipe
 from selfimprove.results import Round, read_round, whole
 from selfimprove.stages import evaluate, label, sft, train
 from selfimprove.status import read_decision, standing
-from selfimprove.store import Manifest, Run, broken_outputs
+from selfimprove.store import Manifest, Run, broken_outputs, intact, shards
 
 OWN = "this model"
 PICKED = {
@@ -184,8 +184,8 @@ def _labelled(run: Run, step: Step) -> Labelled:
     columns = ["chosen_source", "rejected_source", "source", "chosen_score", "rejected_score"]
     counts: dict[str, dict[str, int]] = {name: {} for name in columns[:3]}
     unscored = 0
-    for shard in sorted(directory.glob("pairs-[0-9]*.parquet")):
-        table = pq.read_table(shard, columns=columns)
+    for shard in shards(directory, "pairs"):
+        table = pq.read_table(intact(shard), columns=columns)
         unknown = pc.or_(pc.is_null(table["chosen_score"]), pc.is_null(table["rejected_score"]))
         unscored += pc.sum(unknown).as_py() or 0
         for name, of in counts.items():

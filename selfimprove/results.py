@@ -15,7 +15,7 @@ from selfimprove.plan import CONTROL_EVALUATE, Step, steps
 from selfimprove.recipe import Recipe
 from selfimprove.stages import evaluate
 from selfimprove.status import read_scores
-from selfimprove.store import Manifest, Run, missing_outputs, read_manifest
+from selfimprove.store import Manifest, Run, intact, missing_outputs, read_manifest, shards
 
 MODES = (splits.GREEDY, splits.SAMPLED)
 
@@ -102,9 +102,10 @@ def read_means(directory: Path) -> dict[str, dict[tuple[str, str], float]]:
     import pyarrow.parquet as pq
 
     means: dict[str, dict[tuple[str, str], float]] = {mode: {} for mode in MODES}
-    for shard in sorted(directory.glob("samples-[0-9]*.parquet")):
+    for shard in shards(directory, "samples"):
         wanted = ["prompt_id", "prompt", "mode", "score"]
-        split = ["split"] if "split" in pq.read_schema(shard).names else []  # older runs have the one split only
+        names = pq.read_schema(intact(shard)).names
+        split = ["split"] if "split" in names else []  # older runs have the one split only
         table = pq.read_table(shard, columns=wanted + split)
         if split:
             table = table.filter(pc.equal(table["split"], splits.REPORT))

@@ -6,6 +6,7 @@ means immutable. A key is the hash of readable ingredients, so that a difference
 
 import contextlib
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ import filelock
 import psutil
 import pydantic
 
+from selfimprove import textfile
 from selfimprove.errors import UserError
 from selfimprove.records import Quarantined
 
@@ -96,14 +98,82 @@ def read_rows(directory: Path, name: str, record: type[Row]) -> list[Row]:
     import pyarrow.parquet as pq
 
     rows: list[Row] = []
-    for shard in sorted(directory.glob(f"{name}-[0-9]*.parquet")):
-        rows += [record(**row) for row in pq.read_table(shard, schema=arrow_schema(record)).to_pylist()]
+    for shard in shards(directory, name):
+        rows += [record(**row) for row in pq.read_table(intact(shard), schema=arrow_schema(record)).to_pylist()]
     return rows
 
 
+def shards(directory: Path, name: str) -> list[Path]:
+    """The shards of one kind of row in order: those that were published, also where one is gone."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return sorted(directory.glob(f"{name}-[0-9]*.parquet"))
+    listed = (output.path for output in manifest.outputs)
+    return sorted(directory / path for path in listed if fnmatch.fnmatch(path, f"{name}-[0-9]*.parquet"))
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a published artifact."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file of a published artifact.
+
+    Raises:
+        UserError: it is not what was published.
+    """
+    try:
+        return textfile.parse_json(textfile.read(intact(path)))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {textfile.why(error)}", _again(path.parent)) from None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file of a published artifact.
+
+    Raises:
+        UserError: it is not what was published.
+    """
+    with textfile.opened(intact(path)) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield dict(textfile.parse_json(line))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: damaged: {error}", _again(path.parent)) from None
+
+
+def read_memory(path: Path) -> dict[str, Any]:
+    """What a file remembers that may be lost: nothing where it is not there, or is damaged."""
+    try:
+        found = textfile.parse_json(textfile.read(path))
+    except (UserError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def intact(path: Path) -> Path:
+    """The file of an artifact itself, once it is known to be what was published.
+
+    A file in a folder without a manifest is not published yet and is taken as it is.
+
+    Raises:
+        UserError: it is not in the manifest, or its bytes are not those that the manifest has.
+    """
+    directory = next((d for d in list(path.parents)[:3] if textfile.there(d / "manifest.json")), None)
+    manifest = read_manifest(directory) if directory else None
+    if directory is None or manifest is None:
+        return path
+    listed = {output.path: output for output in manifest.outputs}
+    output = listed.get(path.relative_to(directory).as_posix())
+    if output is None:
+        raise UserError(f"{path} is not in its manifest", _again(directory))
+    with textfile.opened(path, _again(directory)) as file:
+        same = os.fstat(file.fileno()).st_size == output.bytes
+        if not same or hashlib.file_digest(file, "sha256").hexdigest() != output.sha256:
+            raise UserError(f"{path} differs from its manifest", _again(directory))
+    return path
+
+
+def _again(directory: Path) -> str:
+    """How an artifact that is damaged is made anew."""
+    run, stage = directory.parent.parent.name, f"{directory.parent.name}/{directory.name}"
+    return f"selfimprove verify {run} names all that is damaged; selfimprove resume {run} --from {stage} makes it anew"
 
 
 # --- manifests ---------------------------------------------------------------------------------------------------
@@ -163,24 +233,37 @@ def broken_seal(text: str) -> str:
     seal = told.pop("seal", "")
     if unknown := sorted(told.keys() - Manifest.model_fields.keys()):
         return f"has a field that no manifest has: {unknown[0]}"
-    whole = json.dumps(told | {"seal": seal}, indent=1, ensure_ascii=False) + "\n"
-    return "differs from its seal" if seal and (seal != key_of(told) or text != whole) else ""
+    same = json.dumps(told | {"seal": seal}, indent=1, ensure_ascii=False) + "\n"
+    if seal and (seal != key_of(told) or text != same):
+        return "differs from its seal"
+    return ""
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a published artifact; None where nothing is published."""
+    """The manifest of a published artifact; None where nothing is published.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = directory / "manifest.json"
     try:
-        text = (directory / "manifest.json").read_bytes()
-    except FileNotFoundError:
+        path.lstat()
+    except OSError:
         return None
+    hint = f"move {directory} away, then selfimprove resume {directory.parent.parent.name}"
+    text = textfile.read(path, hint)
     try:
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate(textfile.parse_json(text))
+        sealed = broken_seal(text)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise UserError(
-            f"{directory / 'manifest.json'} is damaged: {first['msg']}",
-            f"move {directory} away, then selfimprove resume {directory.parent.parent.name}",
-        ) from None
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {field}{': ' if field else ''}{first['msg']}", hint) from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {textfile.why(error)}", hint) from None
+    if sealed:
+        raise UserError(f"{path} {sealed}", hint)
+    return manifest
 
 
 def missing_outputs(directory: Path, manifest: Manifest) -> list[str]:
@@ -335,9 +418,10 @@ class Artifact:
             tokens=self.tokens,
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-        write_atomically(self.partial / "manifest.json", manifest_text(manifest))
+        text = manifest_text(manifest)
+        write_atomically(self.partial / "manifest.json", text)
         self._reveal()
-        return manifest
+        return Manifest.model_validate_json(text)
 
     def link(self, published: Path, manifest: Manifest) -> int:
         """Publish the files of another artifact as this one: hard links, copies where the file system has none.
@@ -468,20 +552,35 @@ class Run:
     def read_state(self) -> State | None:
         """What the writer last said; "running" only while that very process lives (on this host)."""
         try:
-            state = State.model_validate_json((self.path / "state.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, pydantic.ValidationError):
-            return None
+            if not os.path.lexists(self.path / "state.json"):
+                return None
+            state = State.model_validate(textfile.parse_json(textfile.read(self.path / "state.json")))
+        except (UserError, ValueError):
+            return State(state="stopped", pid=0, process_started=0, host="", error="state.json cannot be read")
         if state.state == "running" and state.host == socket.gethostname() and not _alive(state):
             return state.model_copy(update={"state": "stopped", "error": "the process was killed"})
         return state
 
     def about(self) -> dict[str, Any]:
-        """The content of run.json; empty before the run exists, and where it is damaged."""
-        try:
-            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # no JSON, or no UTF-8
+        """The content of run.json; empty before the run exists.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.path / "run.json"
+        if not os.path.lexists(path):
             return {}
-        return found if isinstance(found, dict) else {}
+        hint = f"put back a copy, or move it away: {self.name} goes on without what it says of the beginning"
+        try:
+            found = textfile.parse_json(textfile.read(path, hint))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {textfile.why(error)}", hint) from None
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is damaged: no JSON object", hint)
+        for name, kind in (("revision", str), ("created", str), ("command", list), ("environment", dict)):
+            if name in found and not isinstance(found[name], kind):
+                raise UserError(f"{path} is damaged: {name} is {found[name]!r}", hint)
+        return found
 
     def point(self, link: str, iteration: int) -> None:
         """Let `latest` or `best` point at an iteration."""

@@ -20,7 +20,7 @@ import msgspec
 import pydantic
 from pydantic import Field
 
-from selfimprove import recipe, recipe_file
+from selfimprove import recipe, recipe_file, textfile
 from selfimprove.errors import UserError
 from selfimprove.interrupts import Interrupts
 from selfimprove.plan import examine
@@ -196,11 +196,19 @@ class Folder:
         return self.path / f"worker-{worker}.log"
 
     def read(self) -> Ledger:
-        """The ledger; an empty one at the beginning."""
-        try:
-            return Ledger.model_validate_json((self.path / "ledger.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        """The ledger; an empty one at the beginning.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.path / "ledger.json"
+        if not os.path.lexists(path):
             return Ledger()
+        hint = f"move it away: only why runs failed is lost, selfimprove makes them again; mv {path} {path}.damaged"
+        try:
+            return Ledger.model_validate(textfile.parse_json(textfile.read(path, hint)))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}", hint) from None
 
     def write(self, ledger: Ledger) -> None:
         """Keep the ledger."""

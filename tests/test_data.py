@@ -20,7 +20,7 @@ def test_ids_are_given_where_none_are(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "holds 0 rows"),
+        (b"", "holds no rows"),
         (GOOD.encode().split(b"\n")[0], "holds 1 rows"),
         (b"not json\n", "line 1: not JSON"),
         (b"[1]\n", "line 1: not a JSON object"),
@@ -28,9 +28,9 @@ def test_ids_are_given_where_none_are(tmp_path):
         (b'{"prompt": "", "completion": "b"}\n', "line 1: field 'prompt'"),
         (b'{"prompt": 3, "completion": "b"}\n', "line 1: field 'prompt'"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b'{"prompt": "a\\ud800", "completion": "b"}\n', "holds a character that is no text"),
-        (b'{"prompt": "a\\u0000", "completion": "b"}\n', "holds a character that is no text"),
-        (b'{"id": "x", "prompt": "a", "completion": "b"}\n' * 2, "id 'x' stands twice"),
+        (b'{"prompt": "a\\ud800", "completion": "b"}\n', "line 1: field 'prompt' holds half a character (\\ud800)"),
+        (b'{"prompt": "a\\u0000", "completion": "b"}\n', "line 1: field 'prompt' holds a null byte"),
+        (b'{"id": "x", "prompt": "a", "completion": "b"}\n' * 2, "line 2: id 'x' stands twice, first in line 1"),
     ],
 )
 def test_bad_seed_files_are_one_sentence(tmp_path, content, says):

@@ -102,6 +102,9 @@ def test_a_changed_ingredient_no_longer_fits_its_key(tmp_path):
     changed = json.loads(file.read_text())
     changed["ingredients"]["a"] = 2
     file.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="seal"):
+        store.read_manifest(directory)
+    file.write_text(json.dumps(changed | {"seal": ""}))
     [sentence] = store.broken_outputs(directory, store.read_manifest(directory))
     assert "key" in sentence
 

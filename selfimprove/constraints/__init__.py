@@ -63,7 +63,7 @@ def parse(text: str) -> list[Constraint]:
     try:
         table = json.loads(text)
         names, parameters = table["instruction_id_list"], table["kwargs"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ConstraintError("no JSON with instruction_id_list and kwargs") from None
     lists = isinstance(names, list) and isinstance(parameters, list)
     if not lists or not all(isinstance(one, str) for one in names) or not all(isinstance(p, dict) for p in parameters):

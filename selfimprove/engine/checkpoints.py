@@ -1,16 +1,15 @@
 """What the directory of a judge's model must hold: read, and said, before anything is loaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from selfimprove import recipe
+from selfimprove import recipe, textfile
 from selfimprove.errors import UserError
 
 
 def context_length(model: Path, section: recipe.Engine) -> int:
     """The tokens that one sequence of a model may have: engine.max_model_len, or its own positions where fewer."""
-    config = _config(model)
+    config = configuration(model)
     positions = config.get("text_config", config).get("max_position_embeddings")
     return section.max_model_len if positions is None else min(section.max_model_len, int(positions))
 
@@ -39,7 +38,7 @@ def check_reward_model(model: Path) -> None:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN
 
-    config = _config(model)
+    config = configuration(model)
     named = _architecture(config)
     if "AutoModelForSequenceClassification" in config.get("auto_map", {}):
         raise UserError(f"reward model {model} needs code of its own (trust_remote_code), which is not run", _FITTING)
@@ -62,7 +61,7 @@ def check_ranker(model: Path) -> None:
     Raises:
         UserError: another architecture, a missing prefix id, no tokenizer.json, or no safetensors.
     """
-    config = _config(model)
+    config = configuration(model)
     if _architecture(config) != "DebertaV2PairRM":
         raise UserError(f"{model} is no pairwise ranker: its architecture is {_architecture(config)}", _PAIRRM)
     missing = [name for name in PREFIXES if not isinstance(config.get(name), int)]
@@ -86,7 +85,7 @@ def _head_weights(model: Path) -> set[str]:
     import transformers
 
     with torch.device("meta"):  # names without memory
-        empty = transformers.AutoModelForSequenceClassification.from_config(
+        empty = transformers.AutoModelForSequenceClassification.fromconfiguration(
             transformers.AutoConfig.from_pretrained(model)
         )
     return {name for name in empty.state_dict() if not name.startswith(f"{empty.base_model_prefix}.")}
@@ -106,10 +105,15 @@ def _architecture(config: dict[str, Any]) -> str:
     return str((config.get("architectures") or ["unknown"])[0])
 
 
-def _config(model: Path) -> dict[str, Any]:
+def configuration(model: Path) -> dict[str, Any]:
+    """The content of a model's config.json.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON object.
+    """
     try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = textfile.parse_json(textfile.read(model / "config.json"))
+    except (UserError, ValueError):
         config = None
     if not isinstance(config, dict):
         raise UserError(f"model {model} has no config.json that can be read", "save it with save_pretrained")

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from selfimprove import chat, recipe
+from selfimprove import chat, recipe, textfile
 from selfimprove.errors import UserError
 from selfimprove.evaluation.benchmarks import fields
 from selfimprove.records import Sample
 
 KIND = "lm_eval"  # of benchmark
+LARGEST = 1 << 20  # bytes of a task's YAML
 PAUSE = 0.2  # seconds between looks at the process
 DRIVER = Path(__file__).with_name("lm_harness_driver.py")
 LOADERS = ("json", "csv", "parquet", "arrow", "text")  # of `datasets`, that read local files
@@ -191,9 +192,10 @@ def _table(path: Path) -> tuple[dict[str, Any], list[Path]]:
 
     Loader.add_multi_constructor("!", lambda loader, tag, node: f"!{tag} {node.value}")
     try:
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no YAML file that can be read: {error}", FORM) from None
+        table = yaml.load(textfile.read(path, FORM, LARGEST), Loader)  # a SafeLoader
+    except (ValueError, RecursionError, AttributeError, yaml.YAMLError) as error:  # a tag may meet what it cannot take
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is no YAML file that can be read: {told}", FORM) from None
     if not isinstance(table, dict):
         raise UserError(f"{path} is no task", FORM)
     files = [path, *_functions(path, table.values())]
@@ -219,7 +221,7 @@ def _listed(value: Any) -> list[str]:
 
 def _file(beside: Path, name: str) -> Path:
     path = beside.parent / name
-    if not path.is_file():
+    if textfile.there(path) != "file":
         raise UserError(f"{beside}: no file {path}", "paths of a task are relative to its YAML file, or absolute")
     return path
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from selfimprove import textfile
 from selfimprove.errors import UserError
 from selfimprove.judges.protocol import Candidate, Opinion
 
@@ -53,8 +54,8 @@ def read_schema(path: str) -> dict[str, Any]:
         UserError: no such file, or it holds no JSON object.
     """
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table = textfile.parse_json(textfile.read(Path(path)))
+    except ValueError as error:
         raise UserError(
             f"cannot read the schema {path}: {error}", "json_schema = a JSON file, or an inline table"
         ) from None

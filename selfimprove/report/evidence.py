@@ -1,8 +1,7 @@
 """What the report is made of, read from a run's artifacts column by column; text is read for the few rows shown."""
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from selfimprove.evaluation import splits
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Examined, Step
 from selfimprove.stages import evaluate, train
+from selfimprove.store import intact, read_json, read_lines, shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,7 +47,7 @@ def evaluations(root: Path, examined: Iterable[Examined]) -> list[Evaluation]:
 
 def _evaluation(root: Path, step: Step) -> Evaluation:
     directory = root / step.directory
-    told = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
+    told = read_json(directory / "scores.json")
     label, short, kind = _called(step)
     by_prompt = {mode: per_prompt(directory, mode) for mode in told["scores"]}
     return Evaluation(
@@ -85,7 +85,7 @@ def columns(directory: Path, name: str, wanted: Sequence[str]) -> "pa.Table":
 
     tables = []
     for shard in shards(directory, name):
-        file = pq.ParquetFile(shard)
+        file = pq.ParquetFile(intact(shard))
         tables.append(file.read([column for column in wanted if column in file.schema_arrow.names]))
     return pa.concat_tables(tables) if tables else pa.table({})
 
@@ -96,7 +96,7 @@ def rows_at(directory: Path, name: str, wanted: Sequence[str], positions: Iterab
 
     left, found, offset = sorted(set(positions)), {}, 0
     for shard in shards(directory, name):
-        file = pq.ParquetFile(shard)
+        file = pq.ParquetFile(intact(shard))
         for batch in file.iter_batches(batch_size=4096, columns=[*wanted]):
             here = [p for p in left if offset <= p < offset + batch.num_rows]
             for position in here:
@@ -105,17 +105,12 @@ def rows_at(directory: Path, name: str, wanted: Sequence[str], positions: Iterab
     return found
 
 
-def shards(directory: Path, name: str) -> list[Path]:
-    """The shards of one kind of row, in order."""
-    return sorted(directory.glob(f"{name}-[0-9]*.parquet"))
-
-
 def in_rounds(root: Path, file: str) -> dict[int, dict[str, Any]]:
     """A JSON file that a published stage of each iteration may have, as gate.json, by iteration."""
     found = {}
     for path in sorted(root.glob(f"iter-*/*/{file}")):
         if path.parent.suffix != ".partial":
-            found[int(path.parts[-3].removeprefix("iter-"))] = json.loads(path.read_text(encoding="utf-8"))
+            found[int(path.parts[-3].removeprefix("iter-"))] = read_json(path)
     return found
 
 
@@ -132,16 +127,10 @@ def curves(root: Path, examined: Iterable[Examined], names: Sequence[str]) -> di
 
 def _curves(path: Path, names: Sequence[str]) -> dict[str, list[Point]]:
     points: dict[str, list[Point]] = {name: [] for name in names}
-    for number, told in enumerate(_lines(path), 1):
+    for number, told in enumerate(read_lines(path), 1):
         for name in names:
             points[name].append(Point(told.get("step", number), finite(told.get(name))))
     return {name: those for name, those in points.items() if any(point.value is not None for point in those)}
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:

@@ -14,7 +14,7 @@ from selfimprove.errors import UserError
 from selfimprove.recipe import Recipe
 from selfimprove.report.escape import json_line, line
 from selfimprove.rows import HIDDEN, Database, Reader, Rows, main_kind, published
-from selfimprove.store import Manifest, Run, read_manifest
+from selfimprove.store import Manifest, Run, intact, read_manifest
 
 
 def look(run: Run, recipe: Recipe, where: str | None, sample: int) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def rows_of(directory: Path, count: int) -> dict[str, list[dict[str, Any]]]:
 
     found: dict[str, list[dict[str, Any]]] = {}
     for shard in sorted(directory.glob("*-00000.parquet")):
-        file = pq.ParquetFile(shard)
+        file = pq.ParquetFile(intact(shard))
         columns = [name for name in file.schema_arrow.names if name not in HIDDEN]
         batches = file.iter_batches(batch_size=max(1, count), columns=columns)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from selfimprove.errors import UserError
 from selfimprove.recipe import Recipe
 from selfimprove.status import standing
 from selfimprove.store import Run, key_of, model_files, sha256
@@ -62,7 +63,7 @@ def _wrong_digests(told: dict[str, Any]) -> Iterator[str]:
 def _links(run: Run, chosen: Recipe) -> Iterator[tuple[str, str | None]]:
     try:
         found = standing(run, chosen)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         return  # scores.json or gate.json is damaged, which is told elsewhere
     for name, number in (("latest", found.latest), ("best", found.best)) if found else ():
         link = run.path / name

@@ -124,7 +124,7 @@ def _label(row: fields.Row, game: Any) -> bradley_terry.Label | None:
     if "score" not in game:
         return brackets.arena_label(str(game["judgment"]), single=True)
     said = game["score"]
-    if said is not None and said not in brackets.ARENA:
+    if said is not None and (not isinstance(said, str) or said not in brackets.ARENA):
         raise row.wrong("games", f"games with a score of {', '.join(brackets.ARENA)}, or null")
     return None if said is None else brackets.ARENA[said]
 

@@ -1,13 +1,17 @@
 """Fields of rows, checked; what is wrong is told with file, line and field."""
 
 import csv
+import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selfimprove import jsonl
+from selfimprove import jsonl, textfile
 from selfimprove.errors import UserError
+
+LARGEST = 1 << 53  # beyond it floating-point numbers skip whole ones
 
 
 class Row(NamedTuple):
@@ -60,7 +64,7 @@ class Row(NamedTuple):
             UserError: it is absent or something else.
         """
         value = self.any(name, hint)
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= LARGEST:
             raise self.wrong(name, f"a whole number from {lowest}", hint)
         return value
 
@@ -73,7 +77,7 @@ class Row(NamedTuple):
         value = self.any(name, hint)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _sane(value):
             raise self.wrong(name, "a number", hint)
         return None if math.isnan(value) else float(value)
 
@@ -102,17 +106,18 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         UserError: the file cannot be read, or lacks a column.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
+        with textfile.opened(path) as raw:
+            table = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""))
+            if twice := [name for name, n in Counter(table.fieldnames or []).items() if n > 1]:
+                raise UserError(f"{path}, line 1: two columns are called '{twice[0]}'", "give each a name of its own")
             if missing := [name for name in columns if name not in (table.fieldnames or [])]:
                 told = ", ".join(table.fieldnames or []) or "none"
                 raise UserError(f"{path}, line 1: no column '{missing[0]}'", f"columns of this file: {told}")
             for values in table:
-                yield Row(
-                    f"{path}, line {table.line_num}", {name: _cell(cell) for name, cell in values.items() if name}
-                )
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}", "check the path") from None
+                where = f"{path}, line {table.line_num}"
+                if None in values:
+                    raise UserError(f"{where}: more cells than columns", "one heading, commas between cells, UTF-8")
+                yield Row(where, {name: _cell(cell) for name, cell in values.items() if name})
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no CSV file: {error}", "one heading, commas between cells, UTF-8") from None
 
@@ -125,6 +130,11 @@ def unused(rows: Iterable[Row], used: Sequence[str]) -> list[str]:
 def printable(text: str) -> str:
     """A text from a file as a terminal can show it: what is not printable, as escape codes are, is spelled out."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def _sane(value: float) -> bool:
+    """Whether a number is one that arithmetic can go on with; NaN stands for none."""
+    return math.isnan(value) or abs(value) <= 1e300
 
 
 def _cell(text: str | None) -> int | float | str | None:

@@ -84,7 +84,7 @@ def shares(verdicts: Sequence[list[bool]]) -> dict[str, Any]:
 
 def _verdicts(row: fields.Row, asked: fields.Row) -> Verdicts:
     names, parameters = asked.any("instruction_id_list"), asked.any("kwargs")
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise asked.wrong("instruction_id_list", "a list of instructions")
     if not isinstance(parameters, list) or not all(isinstance(one, Mapping) for one in parameters):
         raise asked.wrong("kwargs", "a list of objects")
