@@ -170,4 +170,5 @@ def _options(section: recipe.Engine, machine: recipe.Machine, max_model_len: int
         kv_cache_gib=machine.kv_cache_gib,
         gpu_memory_utilization=machine.gpu_memory_utilization,
         threads=machine.threads,
+        timeout=machine.engine_timeout_s,
     )

@@ -81,17 +81,10 @@ class StageIO:
             stop_token_ids=self.chat.stop_token_ids,
             stop=sampling.stop,
         )
-        known = {path: self.identities[name] for name, path in self.models.items()}
-        policy = known.get(model) or model_identity(model)  # a model trained within the stage is in no key
-
-        def serving() -> Engine:
-            engine = self.open_engine()
-            engine.swap(model)
-            return engine
-
+        policy = self._identity(model)
         answers = remembered(
             self.judging.journal,
-            serving,
+            lambda: self._serving(model),
             f"{policy}/{self.engine_section.model_dump_json()}",
             requests,
             parameters,
@@ -149,9 +142,22 @@ class StageIO:
 
     def score(self, model: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float] | None]:
         """Log-probability under `model` of each token of an answer; see judges.panel.score."""
+        return score(
+            self.judging.journal,
+            lambda: self._serving(model),
+            f"{self._identity(model)}/{self.engine_section.model_dump_json()}",
+            rows,
+            self.engine_section.max_model_len,
+        )
+
+    def _serving(self, model: Path) -> Engine:
         engine = self.open_engine()
         engine.swap(model)
-        return score(engine, rows, self.engine_section.max_model_len)
+        return engine
+
+    def _identity(self, model: Path) -> str:
+        known = {path: self.identities[name] for name, path in self.models.items()}
+        return known.get(model) or model_identity(model)  # a model trained within the stage is in no key
 
     def admit(
         self,
