@@ -40,6 +40,8 @@ class VllmEngine:
         Raises:
             UserError: vLLM cannot start, or a fresh engine does not reproduce the checkpoint either.
         """
+        if self._down:
+            self._start(model)
         self._finish_start()
         if model == self._served:
             return
