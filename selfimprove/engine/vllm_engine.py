@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from selfimprove import interrupts
-from selfimprove.engine import canary, messages
+from selfimprove.engine import canary, device_memory, messages
 from selfimprove.engine.process import HostError, HostGone, HostProcess, Lives, cannot_serve, note
 from selfimprove.engine.protocol import Completion, Finished, Options, Request, Sampling
 from selfimprove.errors import UserError
@@ -49,6 +49,8 @@ class VllmEngine:
         if self._on_gpu():  # what training left in this process's cache is needed by the engine that wakes
             gc.collect()
             torch.cuda.empty_cache()
+            if self._served is None:  # it slept
+                device_memory.settle(self.options.gpu_memory_utilization - device_memory.SLEEPERS)
         try:
             self._call(messages.Swap(str(model)), messages.Done)
             self._prove(model)

@@ -200,7 +200,7 @@ class StageIO:
         kept = self.admit(rows, optimizer, dropped)
         folder = self.scratch / out if trial else self.out.partial
         metrics = "metrics.jsonl" if out == "policy" else f"{out}-metrics.jsonl"
-        self.open_engine().sleep()
+        self.free_device()
         job = Job(
             rows=kept,
             start=self._weights(start),
@@ -227,6 +227,13 @@ class StageIO:
         else:
             self.out.metrics |= {name: value for name, value in last.items() if name not in MEASURED}
         return job.out
+
+    def free_device(self) -> None:
+        """Let the engine give the device's memory back, and wait until it has; its process keeps a little."""
+        from selfimprove.engine import device_memory
+
+        self.open_engine().sleep()
+        device_memory.settle(self.machine.gpu_memory_utilization - device_memory.SLEEPERS)
 
     def _weights(self, name: str) -> Weights:
         return Weights(self.models[name], self.identities[name])

@@ -1,4 +1,4 @@
-"""A vLLM host that is killed or hangs in the middle: another one answers what is missing, and nothing is asked twice."""
+"""A vLLM host that is killed or hangs in the middle: another one answers what is missing, each row once."""
 
 import os
 import random

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from selfimprove.errors import UserError
 from selfimprove.store import model_identity
 from selfimprove.training import references
 from selfimprove.training.distributed import World
