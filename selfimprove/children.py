@@ -3,21 +3,22 @@
 Linux sends a process a signal when its parent ends (PR_SET_PDEATHSIG), but only from the moment that it asked for it:
 a parent that ended just before is noticed by looking once, afterwards, who the parent is. `start` runs this very file
 as a script that does both and then becomes the command, so that the command need know nothing of it. What a child
-starts in its turn is the child's to end; where it does not (torchrun), `watch` ends a process with a pipe's writer.
+starts in its turn is the child's to end; where it does not (torchrun), the grandchild's command is given by `beyond`.
 """
 
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
 NOTHING = subprocess.DEVNULL
+BEYOND = "beyond"
 
 
 def start(command: Sequence[str], **settings: Any) -> "subprocess.Popen[Any]":
@@ -30,6 +31,14 @@ def start(command: Sequence[str], **settings: Any) -> "subprocess.Popen[Any]":
     return subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command], start_new_session=True, **settings
     )
+
+
+def beyond(command: Sequence[str]) -> list[str]:
+    """A command for a child of ours to start, so that the grandchild dies with the child.
+
+    It has to inherit the child's stdin: a pipe whose other end is ours, into which nothing is written.
+    """
+    return [sys.executable, "-I", "-S", __file__, BEYOND, *command]
 
 
 def end(process: "subprocess.Popen[Any]") -> None:
@@ -47,17 +56,18 @@ def tie(parent: int) -> None:
         os._exit(1)
 
 
-def watch(descriptor: int, ended: Callable[[], None]) -> None:
-    """Call `ended`, from another thread, when every process that holds the writing end of this pipe is gone."""
-
-    def wait() -> None:
-        while os.read(descriptor, 1):
-            pass
-        ended()
-
-    threading.Thread(target=wait, daemon=True).start()
+def _tie_beyond() -> None:
+    """As `tie`, for the child of a child of whoever holds the other end of our stdin, which says whether it died."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    if poll.poll(0):  # nothing is ever said there, so that this is its end
+        os._exit(1)
 
 
 if __name__ == "__main__":
-    tie(int(sys.argv[1]))
+    if sys.argv[1] == BEYOND:
+        _tie_beyond()
+    else:
+        tie(int(sys.argv[1]))
     os.execv(sys.argv[2], sys.argv[2:])

@@ -1,7 +1,6 @@
 """From a stage to a finished training: in this process, or in several under torchrun. The recipe says how many."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,8 @@ def train(job: Job) -> dict[str, float]:
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                 f"--nproc-per-node={job.machine.num_processes}",
-                *("-m", "selfimprove.training.launch", str(specification)),
+                "--no-python",
+                *children.beyond([sys.executable, "-m", "selfimprove.training.launch", str(specification)]),
             ],
             # torchrun puts its workers into sessions of their own and forgets them when it is killed, but they share
             # its stdin: we hold the other end of it, and say nothing
@@ -124,7 +124,6 @@ def _say(value: dict[str, Any]) -> None:
 
 def main(specification: str) -> None:
     """One of the processes that torchrun starts."""
-    children.watch(0, lambda: os._exit(1))
     job = _job(json.loads(Path(specification).read_text(encoding="utf-8")))
     with distributed.joined() as world:
         try:
