@@ -140,7 +140,7 @@ def _opened(path: Path, fresh: bool) -> sqlite3.Connection:
 
 def _seal(key: str, value: bytes) -> bytes:
     """SQLite does not notice a page that was torn inside a value."""
-    return hashlib.blake2b(value, key=key.encode()[:64], digest_size=8).digest()
+    return hashlib.blake2b(value or b"", key=key.encode()[:64], digest_size=8).digest()
 
 
 def _damaged(error: sqlite3.DatabaseError) -> bool:
