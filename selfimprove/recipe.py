@@ -442,6 +442,7 @@ class Machine(Section):
     kv_cache_gib: int = Field(1, ge=1)  # vLLM on CPU
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)  # vLLM on GPU
     max_num_seqs: int = Field(256, ge=1)
+    engine_timeout_s: float = Field(1800, gt=0)  # without a step or a reply: the engine hangs, and is started again
     threads: int | None = Field(None, ge=1)  # CPU threads of engine and of each training process; unset = all
     train_tokens: int = Field(8192, ge=1)  # tokens per forward and backward pass of training
     logits_mib: int = Field(256, ge=1)  # largest (tokens, vocabulary) tensor of training

@@ -57,7 +57,10 @@ class Display(Protocol):
         """A stage is published."""
 
     def stopping(self) -> None:
-        """The user asked to stop; the run ends at its next safe point."""
+        """The user asked to stop; what is under way is finished first, and kept."""
+
+    def waiting(self, what: str) -> None:
+        """That takes long; what is waited for."""
 
 
 class Selection(NamedTuple):
@@ -182,27 +185,30 @@ def iterate(
         if selection.again:
             for name in _move_aside(run, chosen, selection.again):
                 tell(f"set aside {name}")
-        examined_all = examine(run, chosen)
-        todo = [e for e in selection.of(examined_all) if e.status != "done"]
+        every = examine(run, chosen)
+        for examined in every:  # a kill may have come between an artifact's publishing and the end of its scratch
+            if examined.status == "done" and examined.manifest:
+                forget(run.path / "scratch" / examined.manifest.key[:32])
+        todo = [e for e in selection.of(every) if e.status != "done"]
         if stale := next((e for e in todo if e.status == "stale"), None):
             raise UserError(
                 f"{stale.step.directory} is not what this recipe makes: {stale.reason}",
                 f"selfimprove resume {run.name} --from {called(stale.step)} makes it and what follows anew",
             )
         if selection.only and todo:
-            _fed(run, selection.only, examined_all)
+            _fed(run, selection.only, every)
         known = recipe_file.load(run.recipe_file)
         longest = chosen.model_copy(update={"rounds": max(known.rounds, chosen.rounds)})
         if longest != known:  # more rounds, or other machine settings
             write_atomically(run.recipe_file, recipe_file.dump(longest))
-        with Interrupts(display.stopping) as interrupts:
+        with Interrupts(display.stopping, display.waiting) as interrupts:
             for number, examined in enumerate(todo, 1):
                 step = examined.step
                 display.started(step, number, len(todo))
                 try:
                     interrupts.check()
                     run.write_state("running", step.iteration, step.name)
-                    manifest = execute(run, chosen, step, engines, siblings, display, interrupts)
+                    manifest = execute(run, chosen, step, engines, siblings, display)
                 except BaseException as error:
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                     with contextlib.suppress(OSError):  # on a full disk even this may fail
@@ -231,19 +237,17 @@ def execute(
     engines: Engines,
     siblings: Sequence[Path],
     display: Display,
-    interrupts: Interrupts,
 ) -> Manifest:
-    """Run one stage and publish its artifact; what it wrote is gone when it fails."""
+    """Run one stage and publish its artifact; what it wrote is gone when it fails.
+
+    The stage ends early, by KeyboardInterrupt, where whoever works in it finds that the user asked to stop.
+    """
 
     def engine() -> Engine:
         return engines.get(chosen.engine, chosen.machine, sources.path(INITIAL), run.path / "logs" / "engine.log")
 
     def other(model: Path, task: Task) -> Any:
         return engines.judge(chosen.engine, chosen.machine, model, run.path / "logs" / "judge.log", task)
-
-    def progress(what: str, done: int, total: int) -> None:
-        interrupts.check()
-        display.progress(what, done, total)
 
     sources = Sources(run, chosen)
     ingredients = ingredients_of(step, chosen, sources)
@@ -265,7 +269,7 @@ def execute(
         open_engine=engine,
         open_other=other,
         servers={name: chosen.servers[name] for name in step.servers},
-        progress=progress,
+        progress=display.progress,
     )
     keep_templates(run, ingredients)
     try:
@@ -277,10 +281,15 @@ def execute(
     except BaseException:
         out.discard()
         raise
-    shutil.rmtree(io.scratch, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another stage's leftovers keep it
-        io.scratch.parent.rmdir()
+    forget(io.scratch)
     return manifest
+
+
+def forget(scratch: Path) -> None:
+    """Remove what a stage has kept for the case that it is killed."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another stage's leftovers keep it
+        scratch.parent.rmdir()
 
 
 def adopt(out: Artifact, key: str, published: Sequence[Path]) -> Manifest | None:

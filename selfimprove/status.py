@@ -94,6 +94,7 @@ def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
         "recipe": chosen.name,
         "state": "done" if finished else state.state if state and state.state != "done" else "stopped",
         "error": state.error if state and not finished else "",
+        "writer": holder.model_dump() if (holder := run.holder()) else None,
         "iterations": list(iterations.values()),
         "base": base,
         "sft": beside.get(SFT_EVALUATE),

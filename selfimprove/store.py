@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import filelock
 import psutil
 import pydantic
 
-from selfimprove import textfile
+from selfimprove import locks, textfile
 from selfimprove.errors import UserError
 from selfimprove.records import Quarantined
 
@@ -502,7 +501,6 @@ class Run:
         self.path = path
         self.name = path.name
         self.recipe_file = path / "recipe.toml"
-        self._lock = filelock.FileLock(path / ".lock", timeout=0)
         self.locked = False  # by this object
 
     def exists(self) -> bool:
@@ -518,20 +516,18 @@ class Run:
         """Hold the writer's lock.
 
         Raises:
-            UserError: another process writes this run.
+            UserError: another process writes this run; says which and since when.
         """
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            state = self.read_state()
-            who = f" by process {state.pid} on {state.host}" if state else ""
-            raise UserError(f"run '{self.name}' is being written{who}", f"selfimprove status {self.name}") from None
-        self.locked = True
-        try:
-            yield
-        finally:
-            self.locked = False
-            self._lock.release()
+        with locks.held(self.path, f"run '{self.name}'", f"selfimprove status {self.name}"):
+            self.locked = True
+            try:
+                yield
+            finally:
+                self.locked = False
+
+    def holder(self) -> locks.Holder | None:
+        """Who writes the run now; None where nobody is known to."""
+        return locks.holder(self.path)
 
     def write_state(self, state: str, iteration: int = 0, stage: str = "", error: str = "") -> None:
         """Say what the writer is doing."""

@@ -15,12 +15,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
-import filelock
 import msgspec
 import pydantic
 from pydantic import Field
 
-from selfimprove import recipe, recipe_file, textfile
+from selfimprove import children, locks, recipe, recipe_file, textfile
 from selfimprove.errors import UserError
 from selfimprove.interrupts import Interrupts
 from selfimprove.plan import examine
@@ -223,13 +222,8 @@ class Folder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / ".gitignore").write_text("*\n", encoding="utf-8")
-        try:
-            with filelock.FileLock(self.path / ".lock", timeout=0):
-                yield
-        except filelock.Timeout:
-            raise UserError(
-                f"another process makes the runs of {self.path.name}", "wait for it; --report-only needs no runs"
-            ) from None
+        with locks.held(self.path, f"study '{self.path.stem}'", "wait for it; --report-only needs no runs"):
+            yield
 
 
 # --- making them -------------------------------------------------------------------------------------------------
@@ -408,16 +402,15 @@ class Worker:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with self.log.open("ab") as log, theirs:
-            self._process = subprocess.Popen(
+            self._process = children.start(
                 [
                     *(sys.executable, "-m", "selfimprove.worker"),
                     *(str(theirs.fileno()), str(os.getpid()), str(self.log)),
                 ],
                 pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
+                stdin=children.NOTHING,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is the driver's to handle
             )
         self.connection = Connection(ours.detach())
         self._told = False

@@ -3,9 +3,6 @@
 Started by `study.Worker` as `python -m selfimprove.worker FD PID LOG`.
 """
 
-import ctypes
-import os
-import signal
 import sys
 import time
 import traceback
@@ -16,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from selfimprove import children
 from selfimprove import run as running
 from selfimprove.engine import Engines
 from selfimprove.errors import UserError
@@ -23,8 +21,6 @@ from selfimprove.plan import BASE, Step
 from selfimprove.recipe import Recipe
 from selfimprove.store import Manifest
 from selfimprove.study import Ended, Reply, Stage, Task
-
-PR_SET_PDEATHSIG = 1
 
 
 class Teller:
@@ -49,6 +45,10 @@ class Teller:
     def stopping(self) -> None:
         """See run.Display; the driver knows."""
 
+    def waiting(self, what: str) -> None:
+        """See run.Display; goes to the log."""
+        print(f"stopping: {what}", file=sys.stderr)
+
 
 def make(task: Task, engines: Engines, send: Callable[[Reply], None]) -> Ended:
     """Make a run and say how it ended; the traceback of what is no mistake of the user's goes to the log."""
@@ -72,9 +72,7 @@ def make(task: Task, engines: Engines, send: Callable[[Reply], None]) -> Ended:
 
 def main(descriptor: int, driver: int, log: str) -> None:
     """Make runs until the driver (a process id) hangs up or dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != driver:  # it died before the line above could take effect
-        return
+    children.tie(driver)
     connection = Connection(descriptor)
 
     def send(reply: Reply) -> None:

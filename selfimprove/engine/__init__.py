@@ -47,6 +47,7 @@ class Engines:
                 self._policy.model.close()  # two at a time may not fit into the memory
                 self._policy = None
             self._prepare(None, log)
+            _await_memory(section, machine)
             self._policy = _Open(open_engine(section, machine, model, self._log or log), wanted, log.parent)
         self._prepare(self._policy, log)
         return cast(Engine, self._policy.model)
@@ -78,6 +79,7 @@ class Engines:
         held = next((one for one in self._judges if one.wanted == wanted), None)
         if held is None:
             self._prepare(None, log)
+            _await_memory(section, machine)
             held = _Open(open_judge(section, machine, model, self._log or log, task), wanted, log.parent)
             self._judges.append(held)
         self._prepare(held, log)
@@ -162,6 +164,13 @@ def open_judge(
             return PairRanker(model, section.dtype)
 
 
+def _await_memory(section: recipe.Engine, machine: recipe.Machine) -> None:
+    if section.kind != "fake":
+        from selfimprove.engine import device_memory
+
+        device_memory.settle(machine.gpu_memory_utilization)
+
+
 def _options(section: recipe.Engine, machine: recipe.Machine, max_model_len: int) -> Options:
     return Options(
         dtype=section.dtype,
@@ -170,4 +179,5 @@ def _options(section: recipe.Engine, machine: recipe.Machine, max_model_len: int
         kv_cache_gib=machine.kv_cache_gib,
         gpu_memory_utilization=machine.gpu_memory_utilization,
         threads=machine.threads,
+        timeout=machine.engine_timeout_s,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfimprove import interrupts
 from selfimprove.demo import world
 from selfimprove.engine.protocol import Comparison, Completion, Finished, Request, Sampling
 from selfimprove.store import model_identity
@@ -30,12 +31,13 @@ class FakeEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
         """See protocol.Engine."""
-        completions = [
-            [self._complete(r.prompt_token_ids, random.Random(r.seed + k), sampling) for k in range(r.n)]
-            for r in requests
-        ]
-        for number, answers in enumerate(completions):
-            finished(number, answers)
+        completions: list[list[Completion]] = []
+        for number, r in enumerate(requests):
+            interrupts.check()
+            completions.append(
+                [self._complete(r.prompt_token_ids, random.Random(r.seed + k), sampling) for k in range(r.n)]
+            )
+            finished(number, completions[number])
         return completions
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

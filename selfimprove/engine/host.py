@@ -3,34 +3,44 @@
 Started by `process.HostProcess` as `python -m selfimprove.engine.host FD PID`; answers one call at a time.
 """
 
-import ctypes
 import os
-import signal
 import sys
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
 
+from selfimprove import children
 from selfimprove.engine import messages
 from selfimprove.engine.protocol import Completion, Options, Request, Sampling
 
-PR_SET_PDEATHSIG = 1
+WINDOW = 2  # sequences that the engine is given at once, as a multiple of those it runs at once
+BEAT = 1.0  # seconds between signs of life
 
 
 class Host:
-    """A vLLM engine behind the calls of messages.py."""
+    """A vLLM engine behind the calls of messages.py.
 
-    def __init__(self, send: Callable[[messages.Reply], None]) -> None:
+    Args:
+        send: takes what it says.
+        stopped: whether the driver has said Stop by now.
+    """
+
+    def __init__(self, send: Callable[[messages.Reply], None], stopped: Callable[[], bool] = lambda: False) -> None:
         self.send = send
+        self.stopped = stopped
+        self.room = 0  # sequences that the engine is given at once
+        self._beat = 0.0
         self.llm: Any = None
         self.on_gpu = False
         self.asleep = False
         self.task = "generate"
 
-    def answer(self, call: messages.Call) -> messages.Reply:
+    def answer(self, call: messages.Call) -> messages.Reply | None:
         """Carry out one call."""
         match call:
             case messages.Load(model, options, task):
@@ -43,6 +53,8 @@ class Host:
                 for number, completions in self.generate(requests, sampling):
                     self.send(messages.Finished(number, completions))
                 return messages.Done()
+            case messages.Stop():  # it came too late
+                return None
             case messages.Score(sequences):
                 return messages.Logprobs(self.score(sequences))
             case messages.Reward(sequences):
@@ -59,7 +71,7 @@ class Host:
         import torch
 
         self.task = task
-
+        self.room = WINDOW * options.max_num_seqs
         self.on_gpu = torch.cuda.is_available()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a second interpreter would repeat the import
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -166,22 +178,40 @@ class Host:
             self.asleep = False
 
     def _outputs(self, prompts: list[list[int]], parameters: list[Any]) -> Iterator[tuple[int, Any]]:
-        """VLLM's outputs as requests finish, each with the number of its prompt."""
+        """VLLM's outputs as requests finish, each with the number of its prompt.
+
+        The engine is given no more than keeps it full, so that a Stop leaves little to finish: requests that it has
+        not been given are dropped then.
+        """
         from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
-        names = [str(number) for number in range(len(prompts))]
+        waiting = deque(range(len(prompts)))
+        given: dict[str, int] = {}  # sequences of each request
         try:
-            for name, ids, one in zip(names, prompts, parameters, strict=True):
-                one.output_kind = RequestOutputKind.FINAL_ONLY
-                engine.add_request(name, {"prompt_token_ids": ids}, one)
-            while engine.has_unfinished_requests():
+            while waiting or given:
+                while waiting and sum(given.values()) < self.room:
+                    number = waiting.popleft()
+                    one = parameters[number]
+                    one.output_kind = RequestOutputKind.FINAL_ONLY
+                    given[str(number)] = getattr(one, "n", 1)
+                    engine.add_request(str(number), {"prompt_token_ids": prompts[number]}, one)
                 for output in engine.step():
                     if output.finished:
+                        del given[output.request_id]
                         yield int(output.request_id), output
+                self._live()
+                if self.stopped():
+                    waiting.clear()
         except BaseException:
-            engine.abort_request(names)  # what is left would mix with the next call's
+            engine.abort_request(list(given))  # what is left would mix with the next call's
             raise
+
+    def _live(self) -> None:
+        """Give a sign of life, now and then."""
+        if time.monotonic() - self._beat > BEAT:
+            self._beat = time.monotonic()
+            self.send(messages.Beat())
 
 
 def _repack_tied_head(model: Any) -> None:
@@ -194,22 +224,32 @@ def _repack_tied_head(model: Any) -> None:
 
 def main(descriptor: int, driver: int) -> None:
     """Answer calls until the driver (a process id) hangs up or dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != driver:  # it died before the line above could take effect
-        return
+    children.tie(driver)
     connection = Connection(descriptor)
 
     def send(reply: messages.Reply) -> None:
         connection.send_bytes(msgspec.msgpack.encode(reply))
 
-    host = Host(send)
+    def stopped() -> bool:
+        """While a call is carried out nothing but Stop is said."""
+        if not connection.poll():
+            return False
+        try:
+            connection.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(1)  # nobody listens
+        return True
+
+    host = Host(send, stopped)
     while True:
         try:
             frame = connection.recv_bytes()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
-            send(host.answer(msgspec.msgpack.decode(frame, type=messages.Call)))
+            reply = host.answer(msgspec.msgpack.decode(frame, type=messages.Call))
+            if reply is not None:
+                send(reply)
         except Exception as error:  # the driver decides; the host must answer
             send(messages.Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
 

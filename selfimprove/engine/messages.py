@@ -28,6 +28,10 @@ class Generate(msgspec.Struct, tag=True):
     sampling: Sampling
 
 
+class Stop(msgspec.Struct, tag=True):
+    """Begin no further request of the Generate that runs, and answer when those begun are finished; has no reply."""
+
+
 class Score(msgspec.Struct, tag=True):
     """Log-probabilities of given tokens."""
 
@@ -53,10 +57,14 @@ class Done(msgspec.Struct, tag=True):
 
 
 class Finished(msgspec.Struct, tag=True):
-    """One request of Generate has its completions; Done follows the last."""
+    """One request of Generate has its completions; Done follows the last, or the last that was begun before Stop."""
 
     number: int
     completions: list[Completion]
+
+
+class Beat(msgspec.Struct, tag=True):
+    """The engine made a step; said about once a second, so that one that hangs can be told from one that works."""
 
 
 class Logprobs(msgspec.Struct, tag=True):
@@ -78,5 +86,5 @@ class Failure(msgspec.Struct, tag=True):
     traceback: str
 
 
-Call = Load | Swap | Generate | Score | Reward | Sleep | Wake
-Reply = Done | Finished | Logprobs | Rewards | Failure
+Call = Load | Swap | Generate | Stop | Score | Reward | Sleep | Wake
+Reply = Done | Finished | Beat | Logprobs | Rewards | Failure

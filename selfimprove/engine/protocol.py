@@ -49,6 +49,7 @@ class Options(msgspec.Struct, frozen=True):
     kv_cache_gib: int
     gpu_memory_utilization: float
     threads: int | None  # of the engine on CPU; None = its own choice
+    timeout: float = 1800.0  # seconds of silence after which an engine in a process of its own counts as hung
 
 
 class Comparison(NamedTuple):
@@ -65,7 +66,12 @@ class Engine(Protocol):
         """Serve the weights in this directory from now on; nothing happens when they are served already."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
-        """`n` completions of each request, in the order of the requests; `finished` hears of each when it ends."""
+        """`n` completions of each request, in the order of the requests; `finished` hears of each when it ends.
+
+        Raises:
+            KeyboardInterrupt: the user asked to stop (interrupts.asked); what was begun is finished and was told.
+            UserError: the engine failed, and failed again when it was started anew.
+        """
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of each token given those before it; the first token has none, so a list is one shorter."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from selfimprove import interrupts
 from selfimprove.engine.batching import by_length
 from selfimprove.engine.checkpoints import PREFIXES
 from selfimprove.engine.protocol import Comparison
@@ -87,6 +88,7 @@ class PairRanker:
             for i, logit in zip(batch, self._logits([encoded[i][0] for i in batch]), strict=True):
                 found[i] = Comparison(logit, encoded[i][1])
                 finished(i, found[i])
+            interrupts.check()
         return found
 
     def sleep(self) -> None:

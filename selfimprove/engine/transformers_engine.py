@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from selfimprove import interrupts
 from selfimprove.engine.batching import by_length
 from selfimprove.engine.protocol import Completion, Finished, Options, Request, Sampling
 
@@ -45,6 +46,8 @@ class TransformersEngine:
                 completions[i][seed] = completion
                 if len(completions[i]) == requests[i].n:
                     finished(i, _in_order(completions[i]))
+            if start + len(batch) < len(rows):
+                interrupts.check()
         return [_in_order(of) for of in completions]
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

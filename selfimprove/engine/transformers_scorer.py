@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from selfimprove import interrupts
 from selfimprove.engine.batching import by_length
 from selfimprove.engine.protocol import Options
 from selfimprove.errors import UserError
@@ -49,6 +50,7 @@ class TransformersScorer:
             for i, reward in zip(batch, self._score([sequences[i] for i in batch]), strict=True):
                 found[i] = reward
                 finished(i, reward)
+            interrupts.check()
         return found
 
     def sleep(self) -> None:

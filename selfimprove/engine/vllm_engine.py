@@ -1,4 +1,4 @@
-"""Real vLLM that writes: swap with a canary, rebuild on any failure."""
+"""Real vLLM that writes: swap with a canary, rebuild on any failure, ask again for what a dead engine left."""
 
 import gc
 from collections.abc import Sequence
@@ -7,9 +7,11 @@ from typing import TypeVar
 
 import torch
 
-from selfimprove.engine import canary, messages
-from selfimprove.engine.process import HostError, HostProcess, cannot_serve
+from selfimprove import interrupts
+from selfimprove.engine import canary, device_memory, messages
+from selfimprove.engine.process import HostError, HostGone, HostProcess, Lives, cannot_serve, note
 from selfimprove.engine.protocol import Completion, Finished, Options, Request, Sampling
+from selfimprove.errors import UserError
 
 R = TypeVar("R")
 
@@ -38,6 +40,8 @@ class VllmEngine:
         Raises:
             UserError: vLLM cannot start, or a fresh engine does not reproduce the checkpoint either.
         """
+        if self._down:
+            self._start(model)
         self._finish_start()
         if model == self._served:
             return
@@ -45,68 +49,108 @@ class VllmEngine:
         if self._on_gpu():  # what training left in this process's cache is needed by the engine that wakes
             gc.collect()
             torch.cuda.empty_cache()
+            if self._served is None:  # it slept
+                device_memory.settle(self.options.gpu_memory_utilization - device_memory.SLEEPERS)
         try:
             self._call(messages.Swap(str(model)), messages.Done)
             self._prove(model)
         except HostError as error:
             self.rebuilds += 1
-            with self.log.open("a", encoding="utf-8") as log:
-                log.write(f"\nselfimprove: swap to {model} failed, engine rebuilt: {error}\n")
+            note(self.log, f"swap to {model} failed, engine rebuilt: {error}")
             self.close()
             self._start(model)
             self._finish_start()
-        self._served = model
+        self._served = self._wanted = model
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
         """See protocol.Engine."""
-        self._finish_start()
-        answers: list[list[Completion]] = [[] for _ in requests]
+        answers: dict[int, list[Completion]] = {}
+        lives, had = Lives(self.log), -1
+        while len(answers) < len(requests):
+            missing = [i for i in range(len(requests)) if i not in answers]
 
-        def take(number: int, completions: list[Completion]) -> None:
-            answers[number] = completions
-            finished(number, completions)
+            def take(number: int, completions: list[Completion], missing: list[int] = missing) -> None:
+                answers[missing[number]] = completions
+                finished(missing[number], completions)
 
-        self._call(messages.Generate(list(requests), sampling), messages.Done, take)
-        return answers
+            try:
+                self._finish_start()
+                interrupts.check()
+                self._call(messages.Generate([requests[i] for i in missing], sampling), messages.Done, take)
+                if len(answers) < len(requests):
+                    interrupts.check()
+                    raise HostError(f"{len(requests) - len(answers)} requests were not answered")
+            except HostError as error:
+                lives.lost(error, had != len(answers))
+                had = len(answers)
+                self.close()
+        return [answers[i] for i in range(len(requests))]
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See protocol.Engine."""
-        self._finish_start()
-        return self._call(messages.Score([list(s) for s in sequences]), messages.Logprobs).logprobs
+        lives = Lives(self.log)
+        while True:
+            try:
+                self._finish_start()
+                return self._call(messages.Score([list(s) for s in sequences]), messages.Logprobs).logprobs
+            except HostError as error:
+                lives.lost(error, False)
+                self.close()
 
     def sleep(self) -> None:
         """See protocol.Engine; the next `swap` wakes the engine and loads its weights again."""
-        if self._on_gpu():
+        if self._on_gpu() and not self._down:
             self._finish_start()
-            self._call(messages.Sleep(), messages.Done)
+            try:
+                self._call(messages.Sleep(), messages.Done)
+            except HostError as error:  # dead or hung: the memory is free, too
+                note(self.log, f"the engine did not sleep and was ended: {error.message}")
+                self.close()
             self._served = None
 
     def close(self) -> None:
-        """End the host process."""
+        """End the host process; whoever asks for something afterwards starts another one."""
         self._host.close()
         self._served = self._starting = None
+        self._down = True
 
     def _start(self, model: Path) -> None:
         self.starts += 1
         self._host = HostProcess(model, self.options, self.log, "generate")
-        self._starting = model
+        self._starting = self._wanted = model
+        self._down = False
 
     def _finish_start(self) -> None:
-        model = self._starting
-        if model is None:
-            return
-        try:
-            self._host.receive(messages.Done)
-            self._starting = None
-            if (model / canary.FILE).is_file() or model in self._known:
-                self._prove(model)
-            else:  # loaded from disk a moment ago: this is what these weights look like when they are right
-                ids = canary.sequences(_vocab_size(model))
-                self._known[model] = canary.Canary(ids, self._call(messages.Score(ids), messages.Logprobs).logprobs)
-        except HostError as error:
-            self.close()
-            raise cannot_serve(model, error, self.log) from None
-        self._served = model
+        """Wait until the engine serves what it was started with; one that dies while it starts is started again.
+
+        Raises:
+            KeyboardInterrupt: the user asked to stop; nothing is lost.
+            UserError: it does not start.
+        """
+        if self._down:
+            self._start(self._wanted)
+        lives = Lives(self.log)
+        while (model := self._starting) is not None:
+            try:
+                self._host.await_ready()
+                self._starting = None
+                if (model / canary.FILE).is_file() or model in self._known:
+                    self._prove(model)
+                else:  # loaded from disk a moment ago: this is what these weights look like when they are right
+                    ids = canary.sequences(_vocab_size(model))
+                    self._known[model] = canary.Canary(ids, self._call(messages.Score(ids), messages.Logprobs).logprobs)
+                self._served = model
+            except HostGone as error:
+                try:
+                    lives.lost(error, False)
+                except UserError:
+                    self.close()
+                    raise cannot_serve(model, error, self.log) from None
+                self.close()
+                self._start(model)
+            except HostError as error:
+                self.close()
+                raise cannot_serve(model, error, self.log) from None
 
     def _prove(self, model: Path) -> None:
         if model not in self._known:
@@ -125,6 +169,9 @@ class VllmEngine:
             return self._host.call(call, expected, finished)
         except HostError:
             self._served = None  # whatever it serves now, the next swap proves or rebuilds it
+            raise
+        except BaseException:  # the second Ctrl-C: what the host is in the middle of would be the next call's answer
+            self.close()
             raise
 
 

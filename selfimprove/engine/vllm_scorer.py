@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from selfimprove import interrupts
 from selfimprove.engine import messages
-from selfimprove.engine.process import HostError, HostProcess, cannot_serve
+from selfimprove.engine.process import HostError, HostProcess, Lives, cannot_serve
 from selfimprove.engine.protocol import Options
 
 ROWS = 512  # of one call: many steps of the engine, and seldom enough to be heard of
@@ -22,7 +23,7 @@ class VllmScorer:
     """
 
     def __init__(self, model: Path, options: Options, log: Path) -> None:
-        self._model = model
+        self._model, self._options = model, options
         self._host = HostProcess(model, options, log, "reward")
         self._started = self._asleep = False
 
@@ -30,16 +31,24 @@ class VllmScorer:
         """See protocol.Scorer.
 
         Raises:
-            UserError: vLLM cannot serve the model, or the host process failed.
+            KeyboardInterrupt: the user asked to stop; what was begun is finished and was told.
+            UserError: vLLM cannot serve the model, or the host process failed again when it was started anew.
         """
-        self._finish_start()
-        if self._asleep:
-            self._host.call(messages.Wake(), messages.Done)
-            self._asleep = False
         found: list[float] = []
-        for start in range(0, len(sequences), ROWS):
-            rows = [list(ids) for ids in sequences[start : start + ROWS]]
-            for reward in self._host.call(messages.Reward(rows), messages.Rewards).rewards:
+        lives, had = Lives(self._host.log), -1
+        while len(found) < len(sequences):
+            rows = [list(ids) for ids in sequences[len(found) : len(found) + ROWS]]
+            try:
+                self._finish_start()
+                interrupts.check()
+                self._wake()
+                rewards = self._host.call(messages.Reward(rows), messages.Rewards).rewards
+            except HostError as error:
+                lives.lost(error, had != len(found))
+                had = len(found)
+                self._restart()
+                continue
+            for reward in rewards:
                 finished(len(found), reward)
                 found.append(reward)
         return found
@@ -48,18 +57,31 @@ class VllmScorer:
         """See protocol.Scorer."""
         if torch.cuda.is_available():
             self._finish_start()
-            self._host.call(messages.Sleep(), messages.Done)
+            try:
+                self._host.call(messages.Sleep(), messages.Done)
+            except HostError:
+                self._restart()
             self._asleep = True
 
     def close(self) -> None:
         """End the host process."""
         self._host.close()
 
+    def _wake(self) -> None:
+        if self._asleep:
+            self._host.call(messages.Wake(), messages.Done)
+            self._asleep = False
+
+    def _restart(self) -> None:
+        self._host.close()
+        self._host = HostProcess(self._model, self._options, self._host.log, "reward")
+        self._started = self._asleep = False
+
     def _finish_start(self) -> None:
         if self._started:
             return
         try:
-            self._host.receive(messages.Done)
+            self._host.await_ready()
         except HostError as error:
             self.close()
             raise cannot_serve(self._model, error, self._host.log) from None

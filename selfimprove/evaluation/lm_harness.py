@@ -10,14 +10,13 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from selfimprove import chat, recipe, textfile
+from selfimprove import chat, children, interrupts, recipe, textfile
 from selfimprove.errors import UserError
 from selfimprove.evaluation.benchmarks import fields
 from selfimprove.records import Sample
@@ -132,7 +131,8 @@ def environment(machine: recipe.Machine) -> dict[str, str]:
     """What the process gets beside our own environment: no network, and our share of the machine."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     threads = {"OMP_NUM_THREADS": str(machine.threads)} if machine.threads else {}
-    return {**offline, **threads, "VLLM_CPU_KVCACHE_SPACE": str(machine.kv_cache_gib)}
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # an engine process of its own could outlive it
+    return {**offline, **threads, **alone, "VLLM_CPU_KVCACHE_SPACE": str(machine.kv_cache_gib)}
 
 
 def run(
@@ -155,17 +155,17 @@ def run(
     asked, answer, log = (folder / f"{name}{end}" for end in (".json", "-found.json", ".log"))
     asked.write_text(json.dumps(request), encoding="utf-8")
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command(asked, answer), stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=path.parent,
+        process = children.start(
+            command(asked, answer), stdout=out, stderr=out, stdin=children.NOTHING, cwd=path.parent,
             env=os.environ | environment(machine),
         )  # fmt: skip
         try:
             while process.poll() is None:
                 tick()
+                interrupts.check()  # it keeps no row of its own, so that waiting for it would win nothing
                 time.sleep(PAUSE)
         finally:
-            process.kill()
-            process.wait()
+            children.end(process)
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines or ["nothing"]

@@ -1,14 +1,19 @@
 """What models have answered, by the content of the request: kept as answers come, so that none is asked for twice."""
 
+import errno
 import hashlib
 import json
+import os
 import sqlite3
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 TABLES = """
-CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value BLOB NOT NULL, seal BLOB) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, usd REAL NOT NULL) WITHOUT ROWID;
 """
 
@@ -24,23 +29,46 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=60)
-        self._file.execute("PRAGMA journal_mode = WAL")
-        self._file.execute("PRAGMA synchronous = NORMAL")
-        self._file.executescript(TABLES)
+        self._path = path
+        fresh = not path.exists()
+        try:
+            self._file = _opened(path, fresh)
+        except sqlite3.DatabaseError as error:
+            if not _damaged(error):
+                raise
+            self._set_aside(str(error))
 
     def get(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """The answers known, by key."""
+        """The answers known, by key; one that is not what was put is as good as none."""
         found: dict[str, bytes] = {}
-        for start in range(0, len(keys), 500):
-            some = keys[start : start + 500]
-            marks = ", ".join("?" * len(some))
-            found |= dict(self._file.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", some))
+        try:
+            for start in range(0, len(keys), 500):
+                some = keys[start : start + 500]
+                marks = ", ".join("?" * len(some))
+                for key, value, seal in self._file.execute(
+                    f"SELECT key, value, seal FROM answers WHERE key IN ({marks})", some
+                ):
+                    if seal is None or seal == _seal(key, value):  # files of earlier versions have none
+                        found[key] = value
+        except sqlite3.DatabaseError as error:
+            if not _damaged(error):
+                raise
+            self._set_aside(str(error))
+            return {}
         return found
 
     def put(self, key: str, value: bytes) -> None:
         """Keep an answer; it outlives this process, but may not outlive a power cut in the same half minute."""
-        self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, value))
+        with _full_disk(self._path):
+            self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, value, _seal(key, value)))
+
+    def put_all(self, answers: Mapping[str, bytes]) -> None:
+        """Keep answers, all or none; see `put`."""
+        with _full_disk(self._path), self._transaction():
+            self._file.executemany(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)",
+                [(key, value, _seal(key, value)) for key, value in answers.items()],
+            )
 
     def put_paid(self, answers: Mapping[str, bytes], account: str, usd: float) -> None:
         """Keep answers and what they cost, both or none, on the disk when this returns.
@@ -48,18 +76,15 @@ class Journal:
         An answer that is there stays: whoever read it keeps being right.
         """
         self._file.execute("PRAGMA synchronous = FULL")
-        self._file.execute("BEGIN IMMEDIATE")
-        try:
+        with _full_disk(self._path), self._transaction():
             self._file.executemany(
-                "INSERT INTO answers VALUES (?, ?) ON CONFLICT (key) DO NOTHING", list(answers.items())
+                "INSERT INTO answers VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value, "
+                "seal = excluded.seal WHERE NOT _sound(key, value, seal)",
+                [(key, value, _seal(key, value)) for key, value in answers.items()],
             )
             self._file.execute(
                 "INSERT INTO accounts VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET usd = usd + ?2", (account, usd)
             )
-        except BaseException:
-            self._file.execute("ROLLBACK")
-            raise
-        self._file.execute("COMMIT")
         self._file.execute("PRAGMA synchronous = NORMAL")
 
     def paid(self, account: str) -> float:
@@ -70,6 +95,68 @@ class Journal:
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._file.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._file.execute("COMMIT")
+        except BaseException:
+            if self._file.in_transaction:
+                self._file.execute("ROLLBACK")
+            raise
+
+    def _set_aside(self, why: str) -> None:
+        """Go on with an empty file; the damaged one stays beside it, since what is in it may have cost money."""
+        aside = self._path.with_name(f"{self._path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}")
+        for end in ("", "-wal", "-shm"):
+            one = self._path.with_name(self._path.name + end)
+            if one.exists():
+                one.rename(aside.with_name(aside.name + end))
+        print(
+            f"the answers kept in {self._path} are damaged ({why}); set aside as {aside.name}, and asked for again",
+            file=sys.stderr,
+        )
+        self._file = _opened(self._path, True)
+
+
+def _opened(path: Path, fresh: bool) -> sqlite3.Connection:
+    file = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=60)
+    try:
+        file.execute("PRAGMA journal_mode = WAL")
+        file.execute("PRAGMA synchronous = NORMAL")
+        if not fresh and (said := file.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(said)
+        file.executescript(TABLES)
+        if "seal" not in [column[1] for column in file.execute("PRAGMA table_info(answers)")]:
+            file.execute("ALTER TABLE answers ADD COLUMN seal BLOB")
+        file.create_function("_sound", 3, lambda key, value, seal: seal is None or seal == _seal(key, value))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _seal(key: str, value: bytes) -> bytes:
+    """SQLite does not notice a page that was torn inside a value."""
+    return hashlib.blake2b(value or b"", key=key.encode()[:64], digest_size=8).digest()
+
+
+def _damaged(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file is to blame, and not a lock or the disk."""
+    return not isinstance(error, sqlite3.OperationalError | sqlite3.IntegrityError | sqlite3.ProgrammingError)
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """A full disk is the same error wherever it is met."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
 
 
 def request_key(request: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from selfimprove import children, interrupts
 from selfimprove.errors import UserError
 from selfimprove.judges.protocol import Candidate, Opinion
 
@@ -46,6 +47,7 @@ def _compared(rows: Sequence[tuple[str, str]]) -> list[Opinion]:
     found = []
     with _Process() as process:
         for row in rows:
+            interrupts.check()
             found.append(process.ask(row))
     return found
 
@@ -83,7 +85,7 @@ class _Process:
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-I", str(Path(__file__).with_name("arithmetic.py"))]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        process = children.start(command, stdin=pipe, stdout=pipe, stderr=children.NOTHING, text=True)
         assert process.stdout
         self.process, self.lines = process, queue.Queue()
         threading.Thread(target=_forward, args=(process.stdout, self.lines), daemon=True).start()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from selfimprove import recipe
+from selfimprove import interrupts, recipe
 from selfimprove.chat import Chat, is_unicode
 from selfimprove.engine.checkpoints import context_length
 from selfimprove.engine.protocol import Completion, Engine, Request, Sampling, Task
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 RUN = frozenset({"current", "initial"})  # policies of the run, of one shape
 NOT_UNICODE = "not valid unicode"
+SCORED = 256  # rows of one call that scores
 R = TypeVar("R", bound=tuple[str, ...])
 
 
@@ -120,7 +121,7 @@ class Models:
         """See protocol.Panel."""
         chat, limit = self._chat(model)
         pieces = [(chat.prompt_ids(text), ids) if is_unicode(text) else ([], []) for text, ids in rows]
-        return score(self._engine(model), pieces, limit)
+        return score(self.journal, lambda: self._engine(model), self._identity(model), pieces, limit)
 
     def rewards(self, model: str, rows: Sequence[tuple[str, str]]) -> list[float | None]:
         """See protocol.Panel."""
@@ -240,15 +241,35 @@ def remembered(
     return [found[i] for i in range(len(requests))]
 
 
-def score(engine: Engine, rows: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int) -> list[list[float] | None]:
+def score(
+    journal: Journal,
+    open_engine: Callable[[], Engine],
+    identity: str,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    limit: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[float] | None]:
     """Log-probability of each token of an answer, given its prompt and what stands before it.
 
     None for an empty answer, and where the context is too small: an engine scores a sequence only where one token more
-    would fit.
+    would fit. Rows go to the engine in parts of SCORED, and a part into the journal whole: a killed run asks in the
+    same parts again, since what else is in a batch may move the last bits of a number.
     """
     fitting = [i for i, (prompt, ids) in enumerate(rows) if ids and len(prompt) + len(ids) < limit]
-    scored = engine.prompt_logprobs([[*rows[i][0], *rows[i][1]] for i in fitting])
+    asked = {i: [*rows[i][0], *rows[i][1]] for i in fitting}
+    keys = {i: request_key({"model": identity, "score": ids}) for i, ids in asked.items()}
+    known = journal.get(list(keys.values()))
     found: list[list[float] | None] = [None] * len(rows)
-    for i, logprobs in zip(fitting, scored, strict=True):
-        found[i] = logprobs[len(rows[i][0]) - 1 :]
+    for start in range(0, len(fitting), SCORED):
+        part = fitting[start : start + SCORED]
+        if any(keys[i] not in known for i in part):
+            interrupts.check()
+            scored = open_engine().prompt_logprobs([asked[i] for i in part])
+            new = {keys[i]: msgspec.msgpack.encode(one) for i, one in zip(part, scored, strict=True)}
+            new = {key: value for key, value in new.items() if key not in known}
+            journal.put_all(new)
+            known |= new
+        for i in part:
+            found[i] = msgspec.msgpack.decode(known[keys[i]], type=list[float])[len(rows[i][0]) - 1 :]
+        progress(start + len(part), len(fitting))
     return found

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from selfimprove import recipe
+from selfimprove import interrupts, recipe
 from selfimprove.judges.calls import Line, Pace, Refused, Rejected, Stopped
 from selfimprove.judges.endpoint import api_key, connect, no_logprobs, rejection
 from selfimprove.judges.journal import Journal, request_key
@@ -80,6 +80,7 @@ class Client:
         """See protocol.Panel; white space around a reply is cut, as everywhere.
 
         Raises:
+            KeyboardInterrupt: the user asked to stop; what was under way is answered and kept.
             UserError: the server rejects the requests, does not answer, or would pass the ceiling.
         """
         body: dict[str, Any] = {"temperature": temperature}
@@ -162,8 +163,11 @@ class Client:
             workers = {asyncio.create_task(work(line)) for _ in range(min(self._server.concurrency, len(left)))}
             try:
                 running, failed = workers, None
+                stop = interrupts.Stop(f"server '{self._name}' answers what it has been asked")
                 while running:
                     self._tell(done, total)
+                    if stop.due():
+                        line.stop.set()  # those under way are waited for and kept
                     ended, running = await asyncio.wait(running, timeout=TICK, return_when=asyncio.FIRST_COMPLETED)
                     errors = [error for task in ended if (error := task.exception()) and not isinstance(error, Stopped)]
                     if errors and failed is None:
@@ -171,6 +175,8 @@ class Client:
                         line.stop.set()  # what is under way may be paid for already: it is waited for and kept
                 if failed:
                     raise failed
+                if done < total:
+                    interrupts.check()
             finally:
                 for task in workers:
                     task.cancel()

@@ -82,7 +82,15 @@ class Watcher:
 
     def stopping(self) -> None:
         """See run.Display."""
-        self.console.print("stopping at the next safe point; Ctrl-C again stops at once", highlight=False)
+        self.console.print(
+            "stopping: what is under way is finished and kept, nothing new is begun; Ctrl-C again stops at once",
+            highlight=False,
+        )
+
+    def waiting(self, what: str) -> None:
+        """See run.Display."""
+        told = f"still stopping: {what}; Ctrl-C again stops at once"
+        self.console.print(told, highlight=False, markup=False)
 
     def finished(self, step: Step, manifest: Manifest, scores: dict[str, Any] | None) -> None:
         """See run.Display."""

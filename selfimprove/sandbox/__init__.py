@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from selfimprove import interrupts
 from selfimprove.errors import UserError
 from selfimprove.sandbox import syscalls
 
@@ -109,10 +110,15 @@ def run_all(jobs: Sequence[Job], limits: Limits = Limits()) -> list[Outcome]:  #
     check()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         try:
-            return list(pool.map(lambda job: _run(job, limits), jobs))
+            return list(pool.map(lambda job: _run_next(job, limits), jobs))
         except BaseException:
             pool.shutdown(cancel_futures=True)  # an interrupt shall not wait for thousands of programs
             raise
+
+
+def _run_next(job: Job, limits: Limits) -> Outcome:
+    interrupts.check()  # before each, so that those under way end and no other begins
+    return _run(job, limits)
 
 
 @functools.cache

@@ -212,7 +212,7 @@ def _harness(io: StageIO, benchmark: recipe.Benchmark) -> tuple[list[Sample], di
     """A task of lm-evaluation-harness, in a process of its own, while the engine gives its memory back."""
     [path] = (io.inputs[name] for name in benchmark.files)
     request = lm_harness.request(benchmark, path, io.models["policy"], io.engine_section, io.machine)
-    io.open_engine().sleep()
+    io.free_device()
     answer = lm_harness.run(
         benchmark.name, path, request, io.machine, io.scratch,
         lambda: io.progress(f"{benchmark.name} (lm-evaluation-harness)", 0, 0),

@@ -82,17 +82,10 @@ class StageIO:
             stop_token_ids=self.chat.stop_token_ids,
             stop=sampling.stop,
         )
-        known = {path: self.identities[name] for name, path in self.models.items()}
-        policy = known.get(model) or model_identity(model)  # a model trained within the stage is in no key
-
-        def serving() -> Engine:
-            engine = self.open_engine()
-            engine.swap(model)
-            return engine
-
+        policy = self._identity(model)
         answers = remembered(
             self.judging.journal,
-            serving,
+            lambda: self._serving(model),
             f"{policy}/{self.engine_section.model_dump_json()}",
             requests,
             parameters,
@@ -150,9 +143,22 @@ class StageIO:
 
     def score(self, model: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float] | None]:
         """Log-probability under `model` of each token of an answer; see judges.panel.score."""
+        return score(
+            self.judging.journal,
+            lambda: self._serving(model),
+            f"{self._identity(model)}/{self.engine_section.model_dump_json()}",
+            rows,
+            self.engine_section.max_model_len,
+        )
+
+    def _serving(self, model: Path) -> Engine:
         engine = self.open_engine()
         engine.swap(model)
-        return score(engine, rows, self.engine_section.max_model_len)
+        return engine
+
+    def _identity(self, model: Path) -> str:
+        known = {path: self.identities[name] for name, path in self.models.items()}
+        return known.get(model) or model_identity(model)  # a model trained within the stage is in no key
 
     def admit(
         self,
@@ -195,7 +201,7 @@ class StageIO:
         kept = self.admit(rows, optimizer, dropped)
         folder = self.scratch / out if trial else self.out.partial
         metrics = "metrics.jsonl" if out == "policy" else f"{out}-metrics.jsonl"
-        self.open_engine().sleep()
+        self.free_device()
         job = Job(
             rows=kept,
             start=self._weights(start),
@@ -224,6 +230,13 @@ class StageIO:
         else:
             self.out.metrics |= {name: value for name, value in last.items() if name not in MEASURED}
         return job.out
+
+    def free_device(self) -> None:
+        """Let the engine give the device's memory back, and wait until it has; its process keeps a little."""
+        from selfimprove.engine import device_memory
+
+        self.open_engine().sleep()
+        device_memory.settle(self.machine.gpu_memory_utilization - device_memory.SLEEPERS)
 
     def _weights(self, name: str) -> Weights:
         return Weights(self.models[name], self.identities[name])

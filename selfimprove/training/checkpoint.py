@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,10 +37,10 @@ def save(folder: Path, learner: Learner, progress: dict[str, Any]) -> None:
         save_file(tensors, temporary / "tensors.safetensors")
         (temporary / "progress.json").write_text(json.dumps(said), encoding="utf-8")
         for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            _fsync(file)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
+        _fsync(folder)  # before the one before it goes
         for older in sorted(folder.glob("checkpoint-*")):
             if older != path:
                 shutil.rmtree(older)
@@ -46,9 +48,15 @@ def save(folder: Path, learner: Learner, progress: dict[str, Any]) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The last whole checkpoint."""
-    found = sorted(p for p in folder.glob("checkpoint-*") if p.suffix != ".tmp")
-    return found[-1] if found else None
+    """The last whole checkpoint; one that was torn, by a power cut or a bad disk, is passed over with a word."""
+    for path in sorted((p for p in folder.glob("checkpoint-*") if p.suffix != ".tmp"), reverse=True):
+        try:
+            read_progress(path)
+            with safe_open(path / "tensors.safetensors", framework="pt"):  # refuses a file of another length
+                return path
+        except (OSError, ValueError, SafetensorError) as error:
+            print(f"training checkpoint {path} is damaged ({type(error).__name__}) and not used", file=sys.stderr)
+    return None
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -77,6 +85,14 @@ def load(path: Path, learner: Learner) -> None:
         learner.schedule.step()
     if learner.bound.state is not None:
         learner.bound.state.load(said["loss_state"])
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _optimizers(learner: Learner) -> list[tuple[nn.Module, torch.optim.Optimizer]]:

@@ -1,55 +1,54 @@
 """From a stage to a finished training: in this process, or in several under torchrun. The recipe says how many."""
 
-import ctypes
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from selfimprove import children, interrupts
 from selfimprove.errors import UserError
 from selfimprove.recipe import Machine, Optimizer, Train
 from selfimprove.training import distributed
 from selfimprove.training.job import Job, PairRow, Weights
-from selfimprove.training.trainer import fit
-
-PR_SET_PDEATHSIG = 1
+from selfimprove.training.trainer import STOP, fit
 
 
 def train(job: Job) -> dict[str, float]:
     """Train as `machine` says; returns the last step's metrics.
 
     Raises:
+        KeyboardInterrupt: the user asked to stop; a checkpoint of the last step is kept.
         UserError: what a training process raised, or that one died.
     """
     if job.machine.num_processes == 1:
         return fit(job, distributed.World(0, 1, distributed.device()))
     job.scratch.mkdir(parents=True, exist_ok=True)
+    (job.scratch / STOP).unlink(missing_ok=True)
     specification = job.scratch / "job.json"
     specification.write_text(json.dumps(_plain(job)), encoding="utf-8")
     log = job.scratch / "torchrun.log"
     with log.open("ab") as output:
-        process = subprocess.Popen(
+        process = children.start(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                 f"--nproc-per-node={job.machine.num_processes}",
-                *("-m", "selfimprove.training.launch", str(specification)),
+                "--no-python",
+                *children.beyond([sys.executable, "-m", "selfimprove.training.launch", str(specification)]),
             ],
-            stdin=subprocess.DEVNULL,
+            # torchrun puts its workers into sessions of their own and forgets them when it is killed, but they share
+            # its stdin: we hold the other end of it, and say nothing
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
             text=True,
-            start_new_session=True,  # Ctrl-C is the driver's to handle
-            preexec_fn=_die_with_parent,
         )
         try:
             shown = _follow(process, job)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process.stdin:
+                process.stdin.close()
+            children.end(process)
     if shown is None:
         raise UserError(
             f"a training process ended with code {process.returncode}", f"its output is {log}; selfimprove resume RUN"
@@ -69,15 +68,15 @@ def _follow(process: "subprocess.Popen[str]", job: Job) -> dict[str, float] | No
         match said:
             case {"done": int(done), "total": int(total)}:
                 job.progress(done, total)
+                if interrupts.asked():
+                    (job.scratch / STOP).touch()
+            case {"stopped": True}:
+                raise KeyboardInterrupt
             case {"error": str(message), "hint": hint}:
                 raise UserError(message, hint)
             case {"result": dict(result)}:
                 shown = result
     return shown
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # torchrun ends its workers on SIGTERM
 
 
 def _plain(job: Job) -> dict[str, Any]:
@@ -134,6 +133,10 @@ def main(specification: str) -> None:
             if world.first:
                 _say({"error": error.message, "hint": error.hint})
             sys.exit(1)
+        except KeyboardInterrupt:
+            if world.first:
+                _say({"stopped": True})
+            return
         if world.first:
             _say({"result": shown})
 

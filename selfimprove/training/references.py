@@ -5,6 +5,8 @@ stale: weights, tokenizer and template (the model's identity), dtype, forward, a
 """
 
 import hashlib
+import os
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,13 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from selfimprove.errors import UserError
+from selfimprove import interrupts
 from selfimprove.training import distributed, weights
 from selfimprove.training.distributed import World
 from selfimprove.training.job import Tree
 from selfimprove.training.logps import Scorer, score_tokens
 from selfimprove.training.packing import share
 
+SCORED = 512  # trees that are scored before they are kept
 VERSION = 1  # of the scoring: another value of a row's log-probs is another version
 
 
@@ -73,22 +76,20 @@ class Store(NamedTuple):
     directory: Path
 
     def read(self) -> dict[bytes, torch.Tensor]:
-        """Per-token log-probs of every answer that was ever scored, float32.
-
-        Raises:
-            UserError: a file is damaged.
-        """
+        """Per-token log-probs of every answer that was ever scored, float32; a damaged file is deleted with a word."""
         found: dict[bytes, torch.Tensor] = {}
         for path in sorted(self.directory.glob("*.safetensors")):
             try:
                 shard = load_file(path)
                 names = shard["digests"].numpy().tobytes()
                 parts = torch.split(shard["logps"], shard["lengths"].tolist())
-            except (SafetensorError, KeyError, RuntimeError) as error:
-                raise UserError(
-                    f"the cached reference log-probs {path} are damaged ({type(error).__name__})",
-                    f"delete the file and run again; they are scored anew: rm {path}",
-                ) from None
+            except (SafetensorError, KeyError, RuntimeError, FileNotFoundError) as error:
+                path.unlink(missing_ok=True)  # of several processes each may come upon it
+                print(
+                    f"the cached reference log-probs {path} are damaged ({type(error).__name__}); scored anew",
+                    file=sys.stderr,
+                )
+                continue
             found |= {names[16 * i : 16 * i + 16]: part for i, part in enumerate(parts)}
         return found
 
@@ -106,6 +107,8 @@ class Store(NamedTuple):
             "logps": torch.cat(list(logps.values())).float(),
         }
         save_file(tensors, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
 
 
@@ -144,18 +147,25 @@ def score(
 def cached(
     scorer: Scorer, module: nn.Module, trees: Sequence[Tree], budget: int, world: World, store: Store | None
 ) -> Cached:
-    """Sums under a reference that stays, scoring only what the store does not hold."""
+    """Sums under a reference that stays, scoring only what the store does not hold; kept part by part.
+
+    Raises:
+        KeyboardInterrupt: the user asked to stop; what is scored is kept.
+    """
     known = store.read() if store else {}
     distributed.barrier(world)  # all have read before anyone adds, so that all miss the same
-    if new := missing(trees, known):
-        scored = score(scorer, module, new, budget, world)
-        if store is None and world.size > 1:
-            scored = distributed.gathered(scored, world)
-        if store is not None:
+    new = missing(trees, known)
+    for start in range(0, len(new), SCORED):  # the same parts again after a kill: a batch's other rows move last bits
+        if world.size == 1:
+            interrupts.check()
+        scored = score(scorer, module, new[start : start + SCORED], budget, world)
+        if store is None:
+            known |= distributed.gathered(scored, world) if world.size > 1 else scored
+        else:
             store.add(scored)
-            distributed.barrier(world)
-            scored = store.read()
-        known |= scored
+    if new and store is not None:
+        distributed.barrier(world)
+        known |= store.read()
     return cached_from(known)
 
 

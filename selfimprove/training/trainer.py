@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from selfimprove import recipe
+from selfimprove import interrupts, recipe
 from selfimprove.errors import UserError
 from selfimprove.training import adapters, checkpoint, distributed, export, losses, references, weights
 from selfimprove.training.distributed import World
@@ -28,6 +28,7 @@ from selfimprove.training.player import Player
 from selfimprove.training.references import Cached, Live, Reference
 from selfimprove.training.trackers import open_trackers
 
+STOP = "stop"  # a file in the scratch folder of a training in several processes
 SAMPLE = 3  # trees of the run's rows on which the packed forward is compared with the plain one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,6 +37,7 @@ def fit(job: Job, world: World) -> dict[str, float]:
     """Train as one of the processes of `world`; returns the last step's metrics.
 
     Raises:
+        KeyboardInterrupt: the user asked to stop; the next call goes on at this very step.
         TrainingFailed: loss or gradient not finite; names the pairs of the step.
         UserError: memory ran out, and which knob makes it last.
     """
@@ -66,14 +68,25 @@ def fit(job: Job, world: World) -> dict[str, float]:
             for step, batch in enumerate(batches[learner.steps_done :], learner.steps_done + 1):
                 shown = _step(learner, batch, first=step == 1)
                 log.write(shown | {"epoch": step * job.optimizer.epochs / len(batches)}, batch, learner.by_pair)
-                if step % job.machine.checkpoint_steps == 0 and step < len(batches):
+                stop = step < len(batches) and _asked_to_stop(job, world)
+                if (step % job.machine.checkpoint_steps == 0 or stop) and step < len(batches):
                     checkpoint.save(job.scratch, learner, log.at(number))
                 log.progress(sum(len(c) for c in chunks[:number]), step, batches)
+                if stop:
+                    raise KeyboardInterrupt
         log.publish()
     finally:
         log.close()
     _save(job, policy, module, world)
     return shown | {"packed": float(mode == "packed"), "chunks": float(len(chunks))}
+
+
+def _asked_to_stop(job: Job, world: World) -> bool:
+    """Whether to stop after this step; several processes hear of it through a file, and all of the same one."""
+    if world.size == 1:
+        return interrupts.asked()
+    found = torch.tensor(float(world.first and (job.scratch / STOP).exists()), device=world.device)
+    return bool(distributed.sum_(found, world).item())
 
 
 def _policy(job: Job, world: World) -> Scorer:

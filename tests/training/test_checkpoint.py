@@ -2,10 +2,12 @@
 
 import multiprocessing
 import random
+import shutil
 import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from selfimprove.store import model_identity
 from selfimprove.training import checkpoint, launch
@@ -70,11 +72,22 @@ def test_killed_at_random_steps_the_weights_are_those_of_an_uninterrupted_run(tm
         }
 
 
-def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):
-    (tmp_path / "checkpoint-000-00000003.tmp").mkdir()
-    assert checkpoint.latest(tmp_path) is None
-    (tmp_path / "checkpoint-000-00000002").mkdir()
+@pytest.mark.parametrize("damage", ["weights", "progress", "gone"])
+def test_a_torn_checkpoint_is_passed_over_with_a_word(tmp_path, damage, capsys):
+    (tmp_path / "checkpoint-000-00000004.tmp").mkdir()
+    for number in (2, 3):
+        folder = tmp_path / f"checkpoint-000-0000000{number}"
+        folder.mkdir()
+        save_file({"a": torch.ones(100)}, folder / "tensors.safetensors")
+        (folder / "progress.json").write_text('{"chunk": 0}')
+    assert checkpoint.latest(tmp_path).name.endswith("3")
+    torn = tmp_path / "checkpoint-000-00000003" / ("progress.json" if damage == "progress" else "tensors.safetensors")
+    whole = torn.read_bytes()
+    torn.unlink() if damage == "gone" else torn.write_bytes(whole[: len(whole) // 2])
     assert checkpoint.latest(tmp_path).name.endswith("2")
+    assert "checkpoint-000-00000003 is damaged" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "checkpoint-000-00000002")
+    assert checkpoint.latest(tmp_path) is None
 
 
 def test_a_checkpoint_is_safetensors_and_json_only(tmp_path, pairs, monkeypatch):

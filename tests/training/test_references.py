@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from selfimprove.errors import UserError
 from selfimprove.store import model_identity
 from selfimprove.training import references
 from selfimprove.training.distributed import World
@@ -179,14 +178,32 @@ def nothing(path):
 
 
 @pytest.mark.parametrize("damage", [truncated, garbage, foreign, shortened, nothing])
-def test_a_damaged_file_is_named_and_deleting_it_mends_it(damage, tmp_path):
+def test_a_damaged_file_is_named_and_scored_anew(damage, tmp_path, capsys):
     store = Store(tmp_path)
     before = asked(TREES, store)[0]
     [shard] = tmp_path.iterdir()
     damage(shard)
-    with pytest.raises(UserError) as raised:
-        asked(TREES, store)
-    assert str(shard) in raised.value.message
-    assert f"rm {shard}" in raised.value.hint
-    shard.unlink()
     assert asked(TREES, store)[0] == before
+    assert f"{shard} are damaged" in capsys.readouterr().err
+    assert asked(TREES, store)[1] == 0  # kept again
+
+
+def test_a_kill_between_two_parts_loses_the_part_that_was_not_kept_and_no_more(tmp_path, monkeypatch):
+    whole = asked(TREES, Store(tmp_path / "whole"))[0]
+    monkeypatch.setattr(references, "SCORED", 1)
+    add, kept = Store.add, []
+
+    def killed(self, logps):
+        if len(kept) == 1:
+            raise KeyboardInterrupt
+        kept.append(len(logps))
+        add(self, logps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            asked(TREES, Store(tmp_path / "cut"))
+    total = asked(TREES, Store(tmp_path / "other"))[1]
+    found, scored = asked(TREES, Store(tmp_path / "cut"))
+    assert found == pytest.approx(whole, abs=1e-4)
+    assert 0 < scored < total

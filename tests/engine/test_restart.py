@@ -1,0 +1,140 @@
+"""A vLLM host that is killed or hangs in the middle: another one answers what is missing, each row once."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from selfimprove import data, interrupts
+from selfimprove.chat import Chat
+from selfimprove.engine import process
+from selfimprove.engine.protocol import Options, Request, Sampling
+from selfimprove.engine.vllm_engine import VllmEngine
+from selfimprove.errors import UserError
+
+MODEL = data.SHIPPED["demo:model"]
+OPTIONS = Options(
+    dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_gib=1, gpu_memory_utilization=0.5, threads=1,
+    timeout=300.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    engine = VllmEngine(MODEL, OPTIONS, tmp_path_factory.mktemp("log") / "engine.log")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def work():
+    chat = Chat(MODEL)
+    rng = random.Random(0)
+    prompts = [chat.prompt_ids(row.prompt) for row in data.read_heldout(data.SHIPPED["demo:heldout"])[:120]]
+    requests = [Request(ids, 2, rng.randrange(2**31)) for ids in prompts]
+    return requests, Sampling(temperature=1.0, top_p=1.0, max_tokens=24, stop_token_ids=chat.stop_token_ids)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engine, work):
+    return engine.generate(*work, lambda number, answers: None)
+
+
+class Told:
+    """What `finished` heard, and something that happens after some rows."""
+
+    def __init__(self, after=None, then=None):
+        self.rows, self.after, self.then = [], after, then
+
+    def __call__(self, number, answers):
+        self.rows.append(number)
+        if len(self.rows) == self.after:
+            self.then()
+
+
+def tokens(answers):
+    return [[one.token_ids for one in row] for row in answers]
+
+
+def test_a_killed_host_is_replaced_and_each_row_is_told_once(engine, work, undisturbed):
+    starts, told = engine.starts, Told(30, lambda: engine._host.process.kill())
+    found = engine.generate(*work, told)
+    assert tokens(found) == tokens(undisturbed)
+    assert sorted(told.rows) == list(range(len(work[0])))
+    assert engine.starts == starts + 1
+    assert "started again" in engine.log.read_text()
+
+
+def test_a_stopped_host_counts_as_hung_and_is_replaced(engine, work, undisturbed):
+    starts = engine.starts
+    process = engine._host.process.pid
+
+    def hang():
+        engine._host._patience = 3.0  # of this host alone: the next one needs its time to start
+        os.kill(process, signal.SIGSTOP)
+
+    told = Told(30, hang)
+    found = engine.generate(*work, told)
+    assert tokens(found) == tokens(undisturbed)
+    assert sorted(told.rows) == list(range(len(work[0])))
+    assert engine.starts == starts + 1
+    assert "hung" in engine.log.read_text()
+    assert not psutil.pid_exists(process)
+
+
+def test_scores_come_from_another_host_where_one_is_gone(engine, work):
+    sequences = [request.prompt_token_ids for request in work[0][:10]]
+    whole = engine.prompt_logprobs(sequences)
+    engine._host.process.kill()
+    for one, other in zip(engine.prompt_logprobs(sequences), whole, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_ctrl_c_begins_nothing_new_and_finishes_what_was_begun(engine, work, undisturbed):
+    told = Told(20, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with interrupts.Interrupts(lambda: None), pytest.raises(KeyboardInterrupt):
+        engine.generate(*work, told)
+    begun = len(told.rows)
+    assert 20 <= begun < len(work[0])
+    rest = [i for i in range(len(work[0])) if i not in told.rows]
+    starts = engine.starts
+    found = engine.generate([work[0][i] for i in rest], work[1], lambda number, answers: None)
+    assert tokens(found) == [tokens(undisturbed)[i] for i in rest]
+    assert engine.starts == starts  # the same engine goes on, as a study's does
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_the_engine_is_not_left_in_the_middle(engine, work, undisturbed):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        os.kill(engine._host.process.pid, signal.SIGSTOP)  # so that what was begun never ends
+
+    began = time.monotonic()
+    with interrupts.Interrupts(lambda: None), pytest.raises(KeyboardInterrupt):
+        engine.generate(*work, Told(5, twice))
+    assert time.monotonic() - began < 10
+    assert tokens(engine.generate(work[0][:3], work[1], Told())) == tokens(undisturbed[:3])
+
+
+def test_two_deaths_without_a_row_between_them_end_it_with_the_last_words(tmp_path):
+    log = tmp_path / "engine.log"
+    log.write_text("selfimprove: engine start\nloading\nout of luck\n")
+    lives = process.Lives(log)
+    lives.lost(process.HostGone("it ended"), advanced=True)
+    lives.lost(process.HostGone("it ended"), advanced=True)
+    with pytest.raises(UserError, match=r"2 times .* it ended; its last words: loading \| out of luck"):
+        lives.lost(process.HostGone("it ended"), advanced=False)
+
+
+def test_a_host_that_dies_at_every_start_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        process, "_environment", lambda options: {**os.environ, "PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}
+    )
+    engine = VllmEngine(MODEL, OPTIONS, tmp_path / "engine.log")
+    with pytest.raises(UserError, match=r"could not serve .* ended with code .*last words: .*No module named"):
+        engine.swap(MODEL)
+    assert engine.starts == 2
