@@ -4,7 +4,6 @@ plan.py says what feeds what and what is left to do; `execute` runs one stage.
 """
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import platform
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from selfimprove import recipe_file
+from selfimprove import disk, recipe_file
 from selfimprove.engine import Engines
 from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
@@ -99,8 +98,9 @@ def iterate(
     began = time.monotonic()
     if not run.exists():
         check(chosen)
-        run.path.mkdir(parents=True, exist_ok=True)
-    with run.lock():
+        with disk.told(run.path, run.name):
+            run.path.mkdir(parents=True, exist_ok=True)
+    with disk.told(run.path, run.name), run.lock():
         begin(run, chosen, command)
         todo = [e for e in examine(run, chosen) if e.status != "done"]
         if stale := next((e for e in todo if e.status == "stale"), None):
@@ -118,18 +118,17 @@ def iterate(
                 display.started(step, number, len(todo))
                 try:
                     interrupts.check()
+                    disk.check(run.path, None, step.directory)
                     run.write_state("running", step.iteration, step.name)
                     manifest = execute(run, chosen, step, engines, siblings, display, interrupts)
                 except BaseException as error:
+                    mended = disk.told_of(error, run.path, step.directory)
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                     with contextlib.suppress(OSError):  # on a full disk even this may fail
-                        why = "interrupted" if ended == "stopped" else str(error) or type(error).__name__
+                        why = "interrupted" if ended == "stopped" else str(mended or error) or type(error).__name__
                         run.write_state(ended, step.iteration, step.name, why)
-                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        raise UserError(
-                            f"the disk is full: {step.directory} was not written",
-                            f"free some space, then selfimprove resume {run.name}",
-                        ) from None
+                    if mended:
+                        raise mended from None
                     raise
                 display.finished(step, manifest, read_scores(run, step))
                 point_links(run, longest)
@@ -158,8 +157,11 @@ def execute(
     def other(model: Path, task: Task) -> Any:
         return engines.judge(chosen.engine, chosen.machine, model, run.path / "logs" / "judge.log", task)
 
+    space = disk.watch(run.path, step.directory)
+
     def progress(what: str, done: int, total: int) -> None:
         interrupts.check()
+        space()
         display.progress(what, done, total)
 
     sources = Sources(run, chosen)

@@ -316,11 +316,17 @@ class Artifact:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file so that a reader sees the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # a link left there must not lead out of the run
+    try:
+        with open(os.open(temporary, flags, 0o666), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:  # a full disk: what is torn goes
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _fsync(path: Path) -> None:

@@ -31,14 +31,18 @@ def save(folder: Path, learner: Learner, progress: dict[str, Any]) -> None:
         path = folder / f"checkpoint-{progress['chunk']:03d}-{learner.steps_done:08d}"
         temporary = path.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "tensors.safetensors")
-        (temporary / "progress.json").write_text(json.dumps(said), encoding="utf-8")
-        for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        try:
+            temporary.mkdir(parents=True)
+            save_file(tensors, temporary / "tensors.safetensors")
+            (temporary / "progress.json").write_text(json.dumps(said), encoding="utf-8")
+            for file in temporary.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+        except BaseException:  # a full disk needs the room
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         for older in sorted(folder.glob("checkpoint-*")):
             if older != path:
                 shutil.rmtree(older)
