@@ -1,4 +1,4 @@
-"""Disk space: asked for before a stage, watched during it; and what libraries say of a full or failing disk, in one form.
+"""Disk space: asked for before a stage, watched during it; what libraries say of a full or failing disk, in one form.
 
 `torch`, `safetensors`, `pyarrow` and SQLite each hide the operating system's error number in another place.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from selfimprove import chat, data, judges
+from selfimprove import chat, collected, data, judges
 from selfimprove.errors import UserError
 from selfimprove.evaluation import lm_harness
 from selfimprove.models import locate_model
@@ -296,7 +296,7 @@ def examine(run: Run, recipe: Recipe) -> list[Examined]:
         elif ingredients is None:
             status, reason = "stale", f"{pending[0]} will be made again" if pending else "its input is gone"
         elif key_of(ingredients) == manifest.key:
-            status, reason = "done", ""
+            status, reason = "done", collected.told(directory)
         else:
             status, reason = "stale", "; ".join(changes(manifest.ingredients, ingredients))
         if status != "done":

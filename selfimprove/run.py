@@ -7,14 +7,13 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-import re
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from selfimprove import disk, recipe_file
+from selfimprove import boundary, collected, disk, recipe_file
 from selfimprove.engine import Engines
 from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
@@ -57,7 +56,7 @@ def place(runs: Path, name: str) -> Run:
     Raises:
         UsageError: the name could leave the folder of runs.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if not boundary.is_run_name(name):
         raise UsageError(f"'{name}' cannot be a run's name", "letters, digits, '.', '_' and '-', no slash")
     return Run(runs / name)
 
@@ -101,6 +100,7 @@ def iterate(
         with disk.told(run.path, run.name):
             run.path.mkdir(parents=True, exist_ok=True)
     with disk.told(run.path, run.name), run.lock():
+        boundary.refuse_links(run.path)
         begin(run, chosen, command)
         todo = [e for e in examine(run, chosen) if e.status != "done"]
         if stale := next((e for e in todo if e.status == "stale"), None):
@@ -168,6 +168,8 @@ def execute(
     ingredients = ingredients_of(step, chosen, sources)
     if ingredients is None:
         raise RuntimeError(f"{step.directory}: an input is missing")
+    for source in step.models.values():
+        collected.require(run.path, sources.path(source))
     out = Artifact(run.path / step.directory)
     io = StageIO(
         iteration=step.iteration,
@@ -206,7 +208,8 @@ def adopt(out: Artifact, key: str, published: Sequence[Path]) -> Manifest | None
     for directory in published:
         try:
             manifest = read_manifest(directory)
-            if manifest and manifest.key == key and not missing_outputs(directory, manifest):
+            whole = manifest and not collected.told(directory) and not missing_outputs(directory, manifest)
+            if manifest and whole and manifest.key == key:
                 out.link(directory, manifest)
                 return manifest
         except (UserError, FileNotFoundError):  # damaged, or moved away at this moment: we can make it ourselves
@@ -231,6 +234,7 @@ def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:
             f"begin there: selfimprove resume {run.name} --again {others[0].step.directory}",
         )
     with run.lock():
+        boundary.refuse_links(run.path)
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         aside = run.path / "aside" / f"{stamp}-{len(list(run.path.glob('aside/*'))) + 1}"
         moved = [s.directory for s in every if s.directory in affected and (run.path / s.directory).exists()]

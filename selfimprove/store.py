@@ -22,6 +22,7 @@ import filelock
 import psutil
 import pydantic
 
+from selfimprove import collected
 from selfimprove.errors import UserError
 from selfimprove.records import Quarantined
 
@@ -115,6 +116,13 @@ class Output(pydantic.BaseModel):
     bytes: int
     sha256: str
 
+    @pydantic.field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        if not path or "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"the output {path!r} would lie outside of the artifact")
+        return path
+
 
 class Rows(pydantic.BaseModel):
     """The row contract: in = out + quarantined, counted in `unit`s."""
@@ -165,26 +173,41 @@ def read_manifest(directory: Path) -> Manifest | None:
         ) from None
 
 
+def collected_outputs(directory: Path, manifest: Manifest) -> set[str]:
+    """The files of this manifest that are gone and were removed on purpose."""
+    return collected.gone(directory, {output.path: output.sha256 for output in manifest.outputs})
+
+
 def missing_outputs(directory: Path, manifest: Manifest) -> list[str]:
-    """The files of an artifact that are gone or of another size: what can be seen without reading them."""
+    """The files of an artifact that are gone or of another size: what can be seen without reading them.
+
+    Those that `selfimprove gc` removed are not among them.
+    """
+    removed = collected_outputs(directory, manifest)
+    expected = [output for output in manifest.outputs if output.path not in removed]
     return [
         output.path
-        for output in manifest.outputs
+        for output in expected
         if not (path := directory / output.path).is_file() or path.stat().st_size != output.bytes
     ]
 
 
 def broken_outputs(directory: Path, manifest: Manifest) -> Iterator[str]:
     """The files of an artifact that are missing, altered, or not in its manifest, each as one sentence."""
+    removed = collected_outputs(directory, manifest)
     for output in manifest.outputs:
         path = directory / output.path
-        if not path.is_file():
+        if output.path in removed:
+            continue
+        if path.is_symlink():
+            yield f"{path} is a symlink, which leads out of the artifact"
+        elif not path.is_file():
             yield f"{path} is missing"
         elif path.stat().st_size != output.bytes or sha256(path) != output.sha256:
             yield f"{path} differs from its manifest"
     if key_of(manifest.ingredients) != manifest.key:
         yield f"{directory / 'manifest.json'} has a key that is not the hash of its ingredients"
-    listed = {output.path for output in manifest.outputs} | {"manifest.json"}
+    listed = {output.path for output in manifest.outputs} | {"manifest.json", collected.FILE}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         if path.relative_to(directory).as_posix() not in listed:
             yield f"{path} is not in its manifest"
@@ -283,11 +306,15 @@ class Artifact:
     def link(self, published: Path, manifest: Manifest) -> None:
         """Publish the files of another artifact as this one: hard links, copies where the file system has none.
 
+        What `selfimprove gc` removed there is removed here too, and the note of it comes along.
+
         Raises:
             FileNotFoundError: the other one went away meanwhile, or is not what this manifest says.
         """
         self.begin()
-        for name in [*(output.path for output in manifest.outputs), "manifest.json"]:
+        removed = collected_outputs(published, manifest)
+        note = [collected.FILE] if removed else []
+        for name in [*(o.path for o in manifest.outputs if o.path not in removed), *note, "manifest.json"]:
             target = self.path(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
