@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from selfimprove import boundary, collected, disk, recipe_file
+from selfimprove import boundary, collected, disk, receipts, recipe_file
 from selfimprove.engine import Engines
 from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
+from selfimprove.masking import masked_all
 from selfimprove.models import is_hub_id, locate_model
 from selfimprove.plan import INITIAL, Sources, Step, examine, ingredients_of, steps, stops, upstream
 from selfimprove.preflight import check
@@ -77,7 +78,7 @@ def begin(run: Run, chosen: Recipe, command: list[str]) -> None:
         return
     (run.path / ".gitignore").write_text("*\n", encoding="utf-8")
     about: dict[str, Any] = {"run": run.name, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    about |= {"command": command, "environment": environment()}
+    about |= {"command": masked_all(command), "environment": environment()}
     if is_hub_id(chosen.model.path):
         about["revision"] = locate_model(chosen.model.path).name  # a snapshot's folder is named by its commit
     write_atomically(run.path / "run.json", json.dumps(about, indent=1) + "\n")
@@ -112,6 +113,7 @@ def iterate(
         longest = chosen.model_copy(update={"rounds": max(known.rounds, chosen.rounds)})
         if longest != known:  # more rounds, or other machine settings
             write_atomically(run.recipe_file, recipe_file.dump(longest))
+        receipt = write_receipt(run, chosen, command) if todo else ""
         with Interrupts(display.stopping) as interrupts:
             for number, examined in enumerate(todo, 1):
                 step = examined.step
@@ -120,7 +122,7 @@ def iterate(
                     interrupts.check()
                     disk.check(run.path, None, step.directory)
                     run.write_state("running", step.iteration, step.name)
-                    manifest = execute(run, chosen, step, engines, siblings, display, interrupts)
+                    manifest = execute(run, chosen, step, engines, siblings, display, interrupts, receipt)
                 except BaseException as error:
                     mended = disk.told_of(error, run.path, step.directory)
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -148,6 +150,7 @@ def execute(
     siblings: Sequence[Path],
     display: Display,
     interrupts: Interrupts,
+    receipt: str,
 ) -> Manifest:
     """Run one stage and publish its artifact; what it wrote is gone when it fails."""
 
@@ -193,7 +196,7 @@ def execute(
         if manifest is None:
             out.begin()
             step.stage.run(io, step.section)
-            manifest = out.publish(step.iteration, step.name, ingredients, environment())
+            manifest = out.publish(step.iteration, step.name, ingredients, environment() | {"receipt": receipt})
     except BaseException:
         out.discard()
         raise
@@ -211,6 +214,9 @@ def adopt(out: Artifact, key: str, published: Sequence[Path]) -> Manifest | None
             whole = manifest and not collected.told(directory) and not missing_outputs(directory, manifest)
             if manifest and whole and manifest.key == key:
                 out.link(directory, manifest)
+                receipts.adopt(
+                    out.directory.parent.parent, directory.parent.parent, manifest.environment.get("receipt")
+                )
                 return manifest
         except (UserError, FileNotFoundError):  # damaged, or moved away at this moment: we can make it ourselves
             continue
@@ -242,6 +248,12 @@ def set_aside(run: Run, chosen: Recipe, directory: str) -> list[str]:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(run.path / name, aside / name)
     return moved
+
+
+def write_receipt(run: Run, chosen: Recipe, command: list[str]) -> str:
+    """Write what this call works with into the run; returns its name, which the manifests bear."""
+    sources = Sources(run, chosen)
+    return receipts.write(run.path, command, chosen.seed, sources.path(INITIAL), str(sources.digest(INITIAL)))
 
 
 def point_links(run: Run, chosen: Recipe) -> None:
