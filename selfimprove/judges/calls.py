@@ -143,8 +143,8 @@ class Line:
         return read(response.status_code, text, response.headers)
 
     def _clean(self, text: str) -> str:
-        """Without the key, as it is or as JSON writes it."""
-        for form in {self._key, json.dumps(self._key)[1:-1]} if self._key else set():
+        """Without the key: as it is, or as JSON or Python writes it."""
+        for form in {self._key, json.dumps(self._key)[1:-1], repr(self._key)[1:-1]} if self._key else set():
             text = text.replace(form, masking.MASK)
         return text
 
