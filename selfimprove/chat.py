@@ -1,7 +1,11 @@
 """From text to token ids and back, through the model's own chat template and never around it."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,9 @@ from selfimprove.records import Message
 TEMPLATES = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
 
 
+SECONDS = 10.0  # that a chat template may take for one prompt
+
+
 class Chat:
     """The tokenizer of a model directory, seen through its chat template.
 
@@ -28,7 +35,7 @@ class Chat:
         import transformers
 
         try:
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"model {model} has no tokenizer that loads: {first}", _SAVE_TOKENIZER) from None
@@ -74,10 +81,15 @@ class Chat:
     def _render(self, turns: list[Message], *, add_generation_prompt: bool) -> list[int]:
         mark, masked = self._masked(turns)
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                masked, add_generation_prompt=add_generation_prompt, tokenize=False
-            )
-        except jinja2.TemplateError as error:
+            with _at_most(SECONDS):
+                text: str = self.tokenizer.apply_chat_template(
+                    masked, add_generation_prompt=add_generation_prompt, tokenize=False
+                )
+        except _TooLong:
+            raise UserError(
+                f"the model's chat template does not end within {SECONDS:g} s", "mend chat_template of the model"
+            ) from None
+        except (jinja2.TemplateError, MemoryError, RecursionError) as error:
             raise UserError(f"the model's chat template fails: {error}", "mend chat_template of the model") from None
         ids: list[int] = []
         for k, piece in enumerate(text.split(mark) if mark else [text]):
@@ -136,8 +148,43 @@ def _end_tokens(model: Path, eos: int) -> list[int]:
     return [eos, *(token for token in listed if token != eos)]
 
 
+class _TooLong(BaseException):
+    """A template's time is over; no `except Exception` on the way may take it."""
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """End what runs longer, in the main thread; elsewhere Python has no such means.
+
+    A timer that somebody else has set goes on afterwards.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(number: int, frame: Any) -> None:
+        raise _TooLong
+
+    began = time.monotonic()
+    before = signal.signal(signal.SIGALRM, over)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - began)), interval)
+
+
 def template_path(name: str) -> Path:
-    """The file of a shipped prompt template."""
+    """The file of a shipped prompt template.
+
+    Raises:
+        UserError: the name leads out of the folder of templates.
+    """
+    if not re.fullmatch(r"\w[\w-]*(/\w[\w-]*)*", name):
+        raise UserError(f"'{name}' cannot be a template's name", "a file of prompts/ without .jinja")
     return shipped("prompts") / f"{name}.jinja"
 
 

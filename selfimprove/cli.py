@@ -440,6 +440,50 @@ def _say_repaired(run: str, found: Any, mended: Any) -> None:
 
 
 @app.command()
+def gc(
+    run: Annotated[
+        Optional[str], typer.Argument(metavar="RUN", help="Name of a run in ./runs; all of them else.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, only sizes are shown.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what takes room and is needed by nobody: weights of earlier rounds, caches, scratch, logs; --yes removes it.
+
+    Rows, scores, metrics, reports and receipts always stay, and so do the best, the latest and the initial weights.
+    """
+    from selfimprove import garbage
+    from selfimprove.disk import size
+
+    found = garbage.survey([_open(run)[0]] if run else garbage.runs_in(RUNS, None))
+    freed, refused = 0, ""
+    for one in found if yes else []:
+        try:
+            freed += garbage.remove(one)
+        except UserError as error:  # somebody writes this one; the others can be cleared all the same
+            if run:
+                raise
+            refused = error.message
+            print(f"left alone: {error.message}", file=sys.stderr)
+    if as_json:
+        told = [{"run": one.run.name, "can go": one.by_kind(), "kept": one.kept} for one in found]
+        _json({"runs": told, "freed": freed if yes else None})
+        return
+    for one in found:
+        print(one.run.name)
+        for kind, number in one.by_kind().items():
+            print(f"  {kind:<18}{size(number):>10}  {'removed' if yes and not refused else 'can go'}")
+        for reason, number in one.kept.items():
+            print(f"  {'stays':<18}{size(number):>10}  {reason}")
+    if yes:
+        print(f"freed {size(freed)}")
+    else:
+        whole = sum(number for one in found for number in one.by_kind().values())
+        print(f"{size(whole)} can go")
+        if whole:
+            print(f"\nhint: selfimprove gc {run + ' ' if run else ''}--yes removes it", file=sys.stderr)
+
+
+@app.command()
 def report(
     run: RunName,
     out: Annotated[Optional[Path], typer.Option(help="File to write; runs/RUN/report.html otherwise.")] = None,
@@ -717,10 +761,11 @@ def _open(name: str) -> tuple[Any, Any]:
 
 def _place(name: str) -> Any:
     """A run that exists."""
+    from selfimprove.boundary import is_run_name
     from selfimprove.store import Run
 
     run = Run(RUNS / name)
-    if "/" in name or not run.exists():
+    if not is_run_name(name) or not run.exists():
         known = ", ".join(sorted(p.parent.name for p in RUNS.glob("*/recipe.toml"))) or "none"
         raise UserError(f"no run '{name}' in {RUNS.resolve()}", f"runs here: {known}")
     return run

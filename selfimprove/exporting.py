@@ -28,6 +28,8 @@ def check_target(run: Run, out: Path) -> Path:
     target = out.resolve()
     if target.is_relative_to(run.path.resolve()):
         raise UserError(f"{out} is inside the run", "--out ANOTHER_DIRECTORY, outside of it")
+    if any((parent / "recipe.toml").is_file() and (parent / "run.json").is_file() for parent in target.parents):
+        raise UserError(f"{out} is inside another run", "--out ANOTHER_DIRECTORY, outside of it")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UserError(f"{out} is there already", f"--out ANOTHER_DIRECTORY, or remove it: rm -r {out}")
     return target

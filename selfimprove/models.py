@@ -1,11 +1,14 @@
 """Where a model is: shipped, in a local directory, or on the hub."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
 
 from selfimprove import data, textfile
 from selfimprove.errors import UserError
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def is_hub_id(name: str) -> bool:
@@ -30,9 +33,35 @@ def locate_model(name: str, revision: str | None = None) -> Path:
         directory = _download(name, revision)
     else:
         raise UserError(f"no model directory '{name}'", "--model takes a local directory or a hub id (org/name)")
-    if not list(directory.glob("*.safetensors")):
-        raise UserError(f"model {directory} has no .safetensors weights", "save it with save_pretrained")
+    check_files(directory)
     return directory
+
+
+def check_files(directory: Path) -> None:
+    """Refuse what could run code when it is opened: pickled weights, and models with code of their own.
+
+    Raises:
+        UserError: no safetensors, or an architecture that transformers does not know itself.
+    """
+    if not list(directory.glob("*.safetensors")):
+        pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
+        raise UserError(
+            f"model {directory} has no .safetensors weights"
+            + (f", only {pickled[0]}, and whoever opens a pickle runs what is written in it" if pickled else ""),
+            "save it with save_pretrained, which writes safetensors",
+        )
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # whoever loads it says what is wrong
+    if isinstance(config, dict) and config.get("auto_map"):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+            raise UserError(
+                f"model {directory} needs code of its own (trust_remote_code), which is not run",
+                "take a model of an architecture that transformers has",
+            )
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from selfimprove import chat, data, judges, reasons
+from selfimprove import chat, collected, data, judges, reasons
 from selfimprove.errors import UserError
 from selfimprove.evaluation import lm_harness
 from selfimprove.models import locate_model
@@ -345,6 +345,8 @@ def examine(run: Run, recipe: Recipe, again: Step | None = None) -> list[Examine
             if again and again.directory == step.directory:
                 why.insert(0, f"--from {called(step)}")
             status = "stale" if why else "done"
+            if not why and (removed := collected.told(directory)):
+                why = [removed]
         if status != "done":
             waiting.add(step.directory)
         found.append(Examined(step, status, "; ".join(why), ingredients, manifest))  # type: ignore[arg-type]

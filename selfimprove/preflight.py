@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from selfimprove import chat, data, judges
 from selfimprove.engine import checkpoints
+from selfimprove.engine.checkpoints import SAFE
 from selfimprove.errors import UserError
 from selfimprove.evaluation import lm_harness
 from selfimprove.judges.panel import RUN
@@ -477,7 +478,7 @@ def _first_step(chosen: Recipe, model: Path, rows: list[PairRow]) -> list[Rehear
     from selfimprove.training.logps import Scorer, choose_mode, sums
     from selfimprove.training.packing import trees_of
 
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **SAFE)
     if chosen.train.optimizer.adapter:
         adapters.attach(loaded, chosen.train.optimizer.adapter)
     scorer = Scorer(loaded.eval())

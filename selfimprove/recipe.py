@@ -6,6 +6,7 @@ artifacts; `[machine]` says HOW (devices, memory) and enters none.
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, Self, TypeVar
 import pydantic
 from pydantic import Field
 
+from selfimprove import masking
 from selfimprove.errors import UserError
 
 STAGES = ("synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate", "gate")
@@ -428,6 +430,15 @@ class Server(Section):
     def identity(self) -> dict[str, Any]:
         """What its answers depend on."""
         return {"url": self.url, "model": self.model, "structured_output": self.structured_output}
+
+    @pydantic.model_validator(mode="after")
+    def _holds_no_key(self) -> Self:
+        for name, value in (("url", self.url), ("model", self.model), ("api_key_env", self.api_key_env or "")):
+            if masking.holds_secret(value):  # a recipe is written down, in the run and in keys
+                raise ValueError(f"{name} holds a key: put it into an environment variable and name it in api_key_env")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):
+            raise ValueError("api_key_env is the name of an environment variable, not the key itself")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _ceiling_has_prices(self) -> Self:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selfimprove import method
+from selfimprove import collected, method
 from selfimprove.comparison import compared
 from selfimprove.errors import UserError
 from selfimprove.method import anonymous
@@ -130,6 +130,7 @@ def gather(run: Run, chosen: Recipe, iteration: int, picked: str, licence: str |
     decided = [d for step in every if step.iteration == iteration and (d := read_decision(run, step))]
     tuned = next((step for step in every if step.stage is sft), None)
     said = method.method(chosen)
+    collected.require(run.path, run.path / last.directory / train.POLICY)
     return Release(
         run=run.name,
         recipe=chosen,

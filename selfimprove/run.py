@@ -4,23 +4,22 @@ plan.py says what feeds what and what is left to do; `execute` runs one stage.
 """
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from selfimprove import recipe_file
+from selfimprove import boundary, collected, disk, estimates, receipts, recipe_file
 from selfimprove.engine import Engines
 from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
+from selfimprove.masking import masked_all
 from selfimprove.models import is_hub_id, locate_model
 from selfimprove.plan import (
     INITIAL,
@@ -123,7 +122,7 @@ def place(runs: Path, name: str) -> Run:
     Raises:
         UsageError: the name could leave the folder of runs.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if not boundary.is_run_name(name):
         raise UsageError(f"'{name}' cannot be a run's name", "letters, digits, '.', '_' and '-', no slash")
     return Run(runs / name)
 
@@ -144,7 +143,7 @@ def begin(run: Run, chosen: Recipe, command: list[str]) -> None:
         return
     (run.path / ".gitignore").write_text("*\n", encoding="utf-8")
     about: dict[str, Any] = {"run": run.name, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    about |= {"command": command, "environment": environment()}
+    about |= {"command": masked_all(command), "environment": environment()}
     if is_hub_id(chosen.model.path):
         about["revision"] = locate_model(chosen.model.path).name  # a snapshot's folder is named by its commit
     write_atomically(run.path / "run.json", json.dumps(about, indent=1) + "\n")
@@ -179,8 +178,10 @@ def iterate(
     began = time.monotonic()
     if not run.exists():
         check(chosen)
-        run.path.mkdir(parents=True, exist_ok=True)
-    with run.lock():
+        with disk.told(run.path, run.name):
+            run.path.mkdir(parents=True, exist_ok=True)
+    with disk.told(run.path, run.name), run.lock():
+        boundary.refuse_links(run.path)
         begin(run, chosen, command)
         if selection.again:
             for name in _move_aside(run, chosen, selection.again):
@@ -201,25 +202,27 @@ def iterate(
         longest = chosen.model_copy(update={"rounds": max(known.rounds, chosen.rounds)})
         if longest != known:  # more rounds, or other machine settings
             write_atomically(run.recipe_file, recipe_file.dump(longest))
+        receipt = write_receipt(run, chosen, command) if todo else ""
         with Interrupts(display.stopping, display.waiting) as interrupts:
             for number, examined in enumerate(todo, 1):
                 step = examined.step
                 display.started(step, number, len(todo))
                 try:
                     interrupts.check()
+                    takes = estimates.estimate(run, chosen, every)[step.directory]
+                    disk.check(run.path, takes.disk_bytes, step.directory)
                     run.write_state("running", step.iteration, step.name)
-                    manifest = execute(run, chosen, step, engines, siblings, display)
+                    manifest = execute(run, chosen, step, engines, siblings, display, receipt)
                 except BaseException as error:
+                    mended = disk.told_of(error, run.path, step.directory)
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                     with contextlib.suppress(OSError):  # on a full disk even this may fail
-                        why = "interrupted" if ended == "stopped" else str(error) or type(error).__name__
+                        why = "interrupted" if ended == "stopped" else str(mended or error) or type(error).__name__
                         run.write_state(ended, step.iteration, step.name, why)
-                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        raise UserError(
-                            f"the disk is full: {step.directory} was not written",
-                            f"free some space, then selfimprove resume {run.name}",
-                        ) from None
+                    if mended:
+                        raise mended from None
                     raise
+                every[every.index(examined)] = examined._replace(status="done", reason="", manifest=manifest)
                 display.finished(step, manifest, read_scores(run, step))
                 point_links(run, longest)
                 if stops(run, step):
@@ -237,6 +240,7 @@ def execute(
     engines: Engines,
     siblings: Sequence[Path],
     display: Display,
+    receipt: str,
 ) -> Manifest:
     """Run one stage and publish its artifact; what it wrote is gone when it fails.
 
@@ -249,10 +253,18 @@ def execute(
     def other(model: Path, task: Task) -> Any:
         return engines.judge(chosen.engine, chosen.machine, model, run.path / "logs" / "judge.log", task)
 
+    space = disk.watch(run.path, step.directory)
+
+    def progress(what: str, done: int, total: int) -> None:
+        space()
+        display.progress(what, done, total)
+
     sources = Sources(run, chosen)
     ingredients = ingredients_of(step, chosen, sources)
     if ingredients is None:
         raise RuntimeError(f"{step.directory}: an input is missing")
+    for source in step.models.values():
+        collected.require(run.path, sources.path(source))
     out = Artifact(run.path / step.directory)
     io = StageIO(
         iteration=step.iteration,
@@ -269,7 +281,7 @@ def execute(
         open_engine=engine,
         open_other=other,
         servers={name: chosen.servers[name] for name in step.servers},
-        progress=display.progress,
+        progress=progress,
     )
     keep_templates(run, ingredients)
     try:
@@ -277,7 +289,7 @@ def execute(
         if manifest is None:
             out.begin()
             step.stage.run(io, step.section)
-            manifest = out.publish(step.iteration, step.name, ingredients, environment())
+            manifest = out.publish(step.iteration, step.name, ingredients, environment() | {"receipt": receipt})
     except BaseException:
         out.discard()
         raise
@@ -297,8 +309,12 @@ def adopt(out: Artifact, key: str, published: Sequence[Path]) -> Manifest | None
     for directory in published:
         try:
             manifest = read_manifest(directory)
-            if manifest and manifest.key == key and not missing_outputs(directory, manifest):
+            whole = manifest and not collected.told(directory) and not missing_outputs(directory, manifest)
+            if manifest and whole and manifest.key == key:
                 out.link(directory, manifest)
+                receipts.adopt(
+                    out.directory.parent.parent, directory.parent.parent, manifest.environment.get("receipt")
+                )
                 return manifest
         except (UserError, FileNotFoundError):  # damaged, or moved away at this moment: we can make it ourselves
             continue
@@ -329,6 +345,7 @@ def set_aside(run: Run, chosen: Recipe, stage: str) -> list[str]:
     """
     step = find_step(chosen, stage)
     with run.lock():
+        boundary.refuse_links(run.path)
         return _move_aside(run, chosen, step)
 
 
@@ -364,6 +381,12 @@ def move_aside(run: Run, names: Sequence[str]) -> list[str]:
             (run.path / part).rename(aside / part)
             moved.append(part)
     return moved
+
+
+def write_receipt(run: Run, chosen: Recipe, command: list[str]) -> str:
+    """Write what this call works with into the run; returns its name, which the manifests bear."""
+    sources = Sources(run, chosen)
+    return receipts.write(run.path, command, chosen.seed, sources.path(INITIAL), str(sources.digest(INITIAL)))
 
 
 def point_links(run: Run, chosen: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from selfimprove import collected
 from selfimprove.errors import UserError
 from selfimprove.evaluation import splits
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Step, examine, steps
@@ -79,6 +80,7 @@ def summary(run: Run, chosen: Recipe) -> dict[str, Any]:
                 "rows_out": manifest.rows.rows_out if manifest else None,
                 "quarantined": sum(manifest.rows.quarantined.values()) if manifest else None,
                 "seconds": manifest.seconds if manifest else None,
+                "collected": collected.told(run.path / step.directory) or None,
             }
         )
         if scores := read_scores(run, step):

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import psutil
 import pydantic
 
-from selfimprove import locks, textfile
+from selfimprove import collected, locks, textfile
 from selfimprove.errors import UserError
 from selfimprove.records import Quarantined
 
@@ -185,6 +185,13 @@ class Output(pydantic.BaseModel):
     bytes: int
     sha256: str
 
+    @pydantic.field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        if not path or "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"the output {path!r} would lie outside of the artifact")
+        return path
+
 
 class Rows(pydantic.BaseModel):
     """The row contract: in = out + quarantined, counted in `unit`s."""
@@ -265,11 +272,21 @@ def read_manifest(directory: Path) -> Manifest | None:
     return manifest
 
 
+def collected_outputs(directory: Path, manifest: Manifest) -> set[str]:
+    """The files of this manifest that are gone and were removed on purpose."""
+    return collected.gone(directory, {output.path: output.sha256 for output in manifest.outputs})
+
+
 def missing_outputs(directory: Path, manifest: Manifest) -> list[str]:
-    """The files of an artifact that are gone or of another size: what can be seen without reading them."""
+    """The files of an artifact that are gone or of another size: what can be seen without reading them.
+
+    Those that `selfimprove gc` removed are not among them.
+    """
+    removed = collected_outputs(directory, manifest)
+    expected = [output for output in manifest.outputs if output.path not in removed]
     return [
         output.path
-        for output in manifest.outputs
+        for output in expected
         if not (path := directory / output.path).is_file() or path.stat().st_size != output.bytes
     ]
 
@@ -285,11 +302,12 @@ def broken_outputs(directory: Path, manifest: Manifest, read: Callable[[int], No
         read: told how many bytes have been read, again and again.
     """
     files, others = _walked(directory)
-    listed = {output.path for output in manifest.outputs} | {"manifest.json"}
+    listed = {output.path for output in manifest.outputs} | {"manifest.json", collected.FILE}
+    removed = collected_outputs(directory, manifest)
     for output in manifest.outputs:
         path = directory / output.path
-        if output.path in others:
-            continue  # named below
+        if output.path in others or output.path in removed:
+            continue  # links are named below
         if output.path not in files:
             yield f"{path} is missing"
         elif path.stat().st_size != output.bytes or _read(path, read) != output.sha256:
@@ -425,6 +443,8 @@ class Artifact:
     def link(self, published: Path, manifest: Manifest) -> int:
         """Publish the files of another artifact as this one: hard links, copies where the file system has none.
 
+        What `selfimprove gc` removed there is removed here too, and the note of it comes along.
+
         Returns:
             How many files were copied.
 
@@ -432,8 +452,9 @@ class Artifact:
             FileNotFoundError: the other one went away meanwhile, or is not what this manifest says.
         """
         self.begin()
-        copied = 0
-        for name in [*(output.path for output in manifest.outputs), "manifest.json"]:
+        copied, removed = 0, collected_outputs(published, manifest)
+        note = [collected.FILE] if removed else []
+        for name in [*(o.path for o in manifest.outputs if o.path not in removed), *note, "manifest.json"]:
             target = self.path(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -464,11 +485,17 @@ class Artifact:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file so that a reader sees the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # a link left there must not lead out of the run
+    try:
+        with open(os.open(temporary, flags, 0o666), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:  # a full disk: what is torn goes
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _fsync(path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from selfimprove.engine.checkpoints import SAFE
+
 if TYPE_CHECKING:
     import transformers
 
@@ -55,7 +57,7 @@ def of(directory: Path) -> Canary:
         return msgspec.json.decode(saved.read_bytes(), type=Canary)
     import transformers
 
-    return compute(transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval())
+    return compute(transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32", **SAFE).eval())
 
 
 def save(directory: Path, canary: Canary) -> None:

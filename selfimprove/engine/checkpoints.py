@@ -6,6 +6,8 @@ from typing import Any
 from selfimprove import recipe, textfile
 from selfimprove.errors import UserError
 
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}  # of every from_pretrained of weights
+
 
 def context_length(model: Path, section: recipe.Engine) -> int:
     """The tokens that one sequence of a model may have: engine.max_model_len, or its own positions where fewer."""
@@ -85,8 +87,8 @@ def _head_weights(model: Path) -> set[str]:
     import transformers
 
     with torch.device("meta"):  # names without memory
-        empty = transformers.AutoModelForSequenceClassification.fromconfiguration(
-            transformers.AutoConfig.from_pretrained(model)
+        empty = transformers.AutoModelForSequenceClassification.from_config(
+            transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         )
     return {name for name in empty.state_dict() if not name.startswith(f"{empty.base_model_prefix}.")}
 

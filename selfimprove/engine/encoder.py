@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfimprove.engine.batching import by_length
-from selfimprove.engine.checkpoints import check_weights
+from selfimprove.engine.checkpoints import SAFE, check_weights
 from selfimprove.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ class Encoder:
 
         check_weights(model)
         try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
-            loaded: Any = transformers.AutoModel.from_pretrained(model, dtype=torch.float32)
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            loaded: Any = transformers.AutoModel.from_pretrained(model, dtype=torch.float32, **SAFE)
         except (OSError, ValueError, KeyError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"encoder {model} does not load: {first}", "name a directory of an encoder") from None

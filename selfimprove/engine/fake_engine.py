@@ -27,7 +27,7 @@ class FakeEngine:
         import transformers
 
         self._identity = model_identity(model)
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
         """See protocol.Engine."""

@@ -93,6 +93,8 @@ class Host:
             # a partly scheduled prompt rewinds its generator, which CPU generators cannot do (per-request seeds)
             enable_chunked_prefill=self.on_gpu,
             enable_sleep_mode=self.on_gpu,
+            load_format="safetensors",
+            trust_remote_code=False,
             generation_config="vllm",  # sampling is what the recipe says, not what the model's file says
             disable_log_stats=True,
             runner="generate" if task == "generate" else "pooling",

@@ -64,7 +64,7 @@ class PairRanker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # AutoTokenizer of transformers 5 builds DeBERTa's anew, without the normalizer that its tokenizer.json names
         self.tokenizer: Any = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-        config = transformers.AutoConfig.from_pretrained(model)
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         self.prefixes = [getattr(config, name) for name in PREFIXES]
         known = [self.tokenizer.convert_tokens_to_ids(token) for token in TOKENS]
         if known != self.prefixes:

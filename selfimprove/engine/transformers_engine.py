@@ -9,6 +9,7 @@ import transformers
 
 from selfimprove import interrupts
 from selfimprove.engine.batching import by_length
+from selfimprove.engine.checkpoints import SAFE
 from selfimprove.engine.protocol import Completion, Finished, Options, Request, Sampling
 
 LOGITS_BYTES = 256 << 20  # of a batch that is scored
@@ -27,11 +28,11 @@ class TransformersEngine:
         """See protocol.Engine."""
         if model != self._served:
             dtype = getattr(torch, self.options.dtype)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **SAFE)
             self.model = loaded.eval().to(self.device)
             # sampling is what the recipe says: a penalty in the model's own file would be merged into ours
             self.model.generation_config = transformers.GenerationConfig()
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
             self._served = model
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:

@@ -9,6 +9,7 @@ import transformers
 
 from selfimprove import interrupts
 from selfimprove.engine.batching import by_length
+from selfimprove.engine.checkpoints import SAFE
 from selfimprove.engine.protocol import Options
 from selfimprove.errors import UserError
 
@@ -30,7 +31,7 @@ class TransformersScorer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded: Any
         loaded, found = transformers.AutoModelForSequenceClassification.from_pretrained(
-            model, dtype=getattr(torch, options.dtype), use_safetensors=True, output_loading_info=True
+            model, dtype=getattr(torch, options.dtype), **SAFE, output_loading_info=True
         )
         if found["missing_keys"]:  # they would be random
             raise UserError(

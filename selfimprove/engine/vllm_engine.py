@@ -178,4 +178,4 @@ class VllmEngine:
 def _vocab_size(model: Path) -> int:
     import transformers
 
-    return int(transformers.AutoConfig.from_pretrained(model).get_text_config().vocab_size)
+    return int(transformers.AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().vocab_size)

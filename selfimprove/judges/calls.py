@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 import random
 import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from selfimprove import recipe
+from selfimprove import masking, recipe
 from selfimprove.errors import UserError
 from selfimprove.judges.purse import Purse
 from selfimprove.judges.wire import Answer, Failure, read
@@ -142,7 +143,10 @@ class Line:
         return read(response.status_code, text, response.headers)
 
     def _clean(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        """Without the key: as it is, or as JSON or Python writes it."""
+        for form in {self._key, json.dumps(self._key)[1:-1], repr(self._key)[1:-1]} if self._key else set():
+            text = text.replace(form, masking.MASK)
+        return text
 
     def _give_up(self, failure: Failure) -> None:
         """Raise where another attempt would change nothing."""

@@ -22,6 +22,8 @@ def load(function: str) -> Callable[[str, str, str | None], Any]:
     module, colon, name = function.partition(":")
     if not (module and colon and name):
         raise UserError(f"'{function}' names no function", FORM)
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(f"'{function}' is a function of Python itself and no checker", FORM)
     with _here():
         try:
             found = getattr(importlib.import_module(module), name, None)
@@ -29,6 +31,8 @@ def load(function: str) -> Callable[[str, str, str | None], Any]:
             raise UserError(f"cannot import '{module}': {type(error).__name__}: {error}", FORM) from None
     if not callable(found):
         raise UserError(f"'{module}' has no function '{name}'", FORM)
+    if getattr(found, "__module__", module).partition(".")[0] in sys.stdlib_module_names:  # handed on by the module
+        raise UserError(f"'{function}' is a function of Python itself and no checker", FORM)
     checked: Callable[[str, str, str | None], Any] = found
     return checked
 

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from selfimprove.engine.checkpoints import SAFE
 from selfimprove.errors import UserError
 from selfimprove.training.logps import TOLERANCE
 
@@ -102,6 +103,7 @@ def load_quantized(directory: Path) -> Any:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.bfloat16,
+        **SAFE,
         quantization_config=transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -151,7 +153,7 @@ def merge(trained: Mapping[str, Tensor], adapter: Adapter, directory: Path, rows
         MergeMismatch: merged and unmerged give log-probs that differ by more than 1e-4 nats.
     """
     device = next(iter(trained.values())).device
-    base: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **SAFE)
     model = attach(base.to(device), adapter)
     load_state(model, trained)
     adapted = token_logps(model, rows)

@@ -33,13 +33,17 @@ def save(folder: Path, learner: Learner, progress: dict[str, Any]) -> None:
         path = folder / f"checkpoint-{progress['chunk']:03d}-{learner.steps_done:08d}"
         temporary = path.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "tensors.safetensors")
-        (temporary / "progress.json").write_text(json.dumps(said), encoding="utf-8")
-        for file in temporary.iterdir():
-            _fsync(file)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        try:
+            temporary.mkdir(parents=True)
+            save_file(tensors, temporary / "tensors.safetensors")
+            (temporary / "progress.json").write_text(json.dumps(said), encoding="utf-8")
+            for file in temporary.iterdir():
+                _fsync(file)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+        except BaseException:  # a full disk needs the room
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         _fsync(folder)  # before the one before it goes
         for older in sorted(folder.glob("checkpoint-*")):
             if older != path:

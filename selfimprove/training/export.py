@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from selfimprove.engine import canary
+from selfimprove.engine.checkpoints import SAFE
 from selfimprove.store import model_files
 from selfimprove.training import weights
 
@@ -49,4 +50,4 @@ def average(before: Path, policy: Path, decay: float, out: Path) -> float:
 
 
 def _load(directory: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **SAFE)

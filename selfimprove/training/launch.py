@@ -1,12 +1,13 @@
 """From a stage to a finished training: in this process, or in several under torchrun. The recipe says how many."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from selfimprove import children, interrupts
+from selfimprove import children, disk, interrupts
 from selfimprove.errors import UserError
 from selfimprove.recipe import Machine, Optimizer, Train
 from selfimprove.training import distributed
@@ -57,7 +58,7 @@ def train(job: Job) -> dict[str, float]:
 
 
 def _follow(process: "subprocess.Popen[str]", job: Job) -> dict[str, float] | None:
-    """What the first process says, line by line: progress, an error of the user's, or the result."""
+    """What the processes say, line by line: progress, an error of the user's or of the disk, or the result."""
     shown: dict[str, float] | None = None
     assert process.stdout is not None
     for line in process.stdout:
@@ -74,6 +75,8 @@ def _follow(process: "subprocess.Popen[str]", job: Job) -> dict[str, float] | No
                 raise KeyboardInterrupt
             case {"error": str(message), "hint": hint}:
                 raise UserError(message, hint)
+            case {"disk": int(number), "file": str(file)}:
+                raise OSError(number, os.strerror(number), file)
             case {"result": dict(result)}:
                 shown = result
     return shown
@@ -137,6 +140,11 @@ def main(specification: str) -> None:
             if world.first:
                 _say({"stopped": True})
             return
+        except Exception as error:
+            number = disk.number_of(error)
+            if number is not None:  # of the one process that writes
+                _say({"disk": number, "file": str(job.scratch)})
+            raise
         if world.first:
             _say({"result": shown})
 

@@ -106,10 +106,14 @@ class Store(NamedTuple):
             "lengths": torch.tensor([len(v) for v in logps.values()]),
             "logps": torch.cat(list(logps.values())).float(),
         }
-        save_file(tensors, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            save_file(tensors, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:  # a full disk needs the room
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def place(folder: Path, identity: str, dtype: str, mode: str) -> Store:

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from selfimprove import interrupts, recipe
+from selfimprove.engine.checkpoints import SAFE
 from selfimprove.errors import UserError
 from selfimprove.training import adapters, checkpoint, distributed, export, losses, references, weights
 from selfimprove.training.distributed import World
@@ -111,7 +112,7 @@ def _base(directory: Path, job: Job, world: World) -> Any:
 
 
 def _load(directory: Path, world: World) -> Any:
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **SAFE)
     return model.to(world.device)
 
 
