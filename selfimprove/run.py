@@ -4,7 +4,6 @@ plan.py says what feeds what and what is left to do; `execute` runs one stage.
 """
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import platform
@@ -20,6 +19,7 @@ from selfimprove.engine import Engines
 from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
 from selfimprove.interrupts import Interrupts
+from selfimprove.io_errors import FULL, of_the_disk
 from selfimprove.models import is_hub_id, locate_model
 from selfimprove.plan import INITIAL, Sources, Step, examine, ingredients_of, steps, stops, upstream
 from selfimprove.preflight import check
@@ -125,10 +125,12 @@ def iterate(
                     with contextlib.suppress(OSError):  # on a full disk even this may fail
                         why = "interrupted" if ended == "stopped" else str(error) or type(error).__name__
                         run.write_state(ended, step.iteration, step.name, why)
-                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    if disk := of_the_disk(error):
+                        full = disk.errno in FULL
+                        what = "the disk is full" if full else f"the disk failed ({disk.strerror})"
                         raise UserError(
-                            f"the disk is full: {step.directory} was not written",
-                            f"free some space, then selfimprove resume {run.name}",
+                            f"{what}: {step.directory} was not written",
+                            f"{'free some space' if full else 'look at the disk'}, then selfimprove resume {run.name}",
                         ) from None
                     raise
                 display.finished(step, manifest, read_scores(run, step))

@@ -1,10 +1,10 @@
 """The campaign of kills: `make chaos`, or `python -m tests.chaos.kills --count 200 --folder FOLDER`.
 
 A run of the embedded default is killed (SIGKILL, the program and all it started) again and again and resumed each
-time until it is done; then the next run, until there were so many kills. A third of the kills come after a time drawn
-uniformly from what is left of the run, the others at a moment of a stage that is still to come (driver.Ledger), each kind of moment
-alike often, half of them exactly there and half up to 50 ms later. Every finished run is held against an uninterrupted
-one. The state is a file, so that a campaign that is itself killed goes on.
+time until it is done; then the next run, until there were so many kills. Some kills come after a time drawn uniformly
+from what is left of the run, the others at a moment of a stage that is still to come (driver.Ledger), each kind of
+moment alike often, half of them exactly there and half up to 50 ms later. Every finished run is held against an
+uninterrupted one. The state is a file, so that a campaign that is itself killed goes on.
 """
 
 import argparse

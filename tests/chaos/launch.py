@@ -1,5 +1,6 @@
 """Start the program in a session of its own, and end everything that it started."""
 
+import contextlib
 import json
 import os
 import select
@@ -113,7 +114,5 @@ class Launch:
 
 
 def _signal(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

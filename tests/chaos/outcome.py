@@ -47,7 +47,7 @@ def unmeasured(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def leftovers(run: Path) -> list[str]:
     """What only a run that is being made may hold."""
-    patterns = ("iter-*/*.partial", "scratch", "**/*.tmp", ".*.tmp")
+    patterns = ("iter-*/*.partial", "scratch", "**/*.tmp", "**/.tmp*")
     return [f"{path.relative_to(run)} is left over" for pattern in patterns for path in run.glob(pattern)]
 
 
