@@ -102,6 +102,7 @@ def iterate(
         run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
         begin(run, chosen, command)
+        run.sweep()
         todo = [e for e in examine(run, chosen) if e.status != "done"]
         if stale := next((e for e in todo if e.status == "stale"), None):
             raise UserError(

@@ -35,14 +35,23 @@ def save(folder: Path, learner: Learner, progress: dict[str, Any]) -> None:
         save_file(tensors, temporary / "tensors.safetensors")
         (temporary / "progress.json").write_text(json.dumps(said), encoding="utf-8")
         for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            _fsync(file)
+        _fsync(temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
+        _fsync(folder)  # before the older one goes
         for older in sorted(folder.glob("checkpoint-*")):
             if older != path:
                 shutil.rmtree(older)
     distributed.barrier(learner.world)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def latest(folder: Path) -> Path | None:

@@ -5,6 +5,7 @@ stale: weights, tokenizer and template (the model's identity), dtype, forward, a
 """
 
 import hashlib
+import os
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -106,6 +107,8 @@ class Store(NamedTuple):
             "logps": torch.cat(list(logps.values())).float(),
         }
         save_file(tensors, temporary)
+        with temporary.open("rb") as file:  # else a power cut may leave the name without the bytes
+            os.fsync(file.fileno())
         temporary.replace(path)
 
 

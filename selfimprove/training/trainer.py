@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
 import warnings
@@ -61,11 +62,13 @@ def fit(job: Job, world: World) -> dict[str, float]:
             elif number == 0:
                 _probe(learner, batches)
             else:  # the chunk's reference is the policy as it is now
+                log.flush()
                 checkpoint.save(job.scratch, learner, {"chunk": number, "lines": log.lines})
             for step, batch in enumerate(batches[learner.steps_done :], learner.steps_done + 1):
                 shown = _step(learner, batch, first=step == 1)
                 log.write(shown | {"epoch": step * job.optimizer.epochs / len(batches)})
                 if step % job.machine.checkpoint_steps == 0 and step < len(batches):
+                    log.flush()
                     checkpoint.save(job.scratch, learner, {"chunk": number, "lines": log.lines})
                 log.progress(sum(len(c) for c in chunks[:number]), step, batches)
     finally:
@@ -354,6 +357,12 @@ class _Log:
                 file.write(json.dumps(line) + "\n")
             for tracker in self._trackers:
                 tracker.log(self.lines, line)
+
+    def flush(self) -> None:
+        """Put the lines on the disk: a checkpoint counts on them."""
+        if self.first:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def progress(self, before: int, step: int, batches: list[list[PairRow]]) -> None:
         """Steps done, of all chunks."""

@@ -7,7 +7,7 @@
  * FAULT_PATH   part of the path of the files that it fails on
  * FAULT_ERRNO  the error's number
  * FAULT_AFTER  so many such calls succeed first; all later ones fail
- * FAULT_LOG    file that takes a line for each "w PATH" (written), "s PATH" (flushed), "r OLD\tNEW" (renamed)
+ * FAULT_LOG    file that takes a line for each "w PATH" (written), "s PATH\tSIZE" (flushed), "r OLD\tNEW" (renamed)
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/sendfile.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -87,7 +88,10 @@ WRITER(sendfile64, (int fd, int from, off64_t *offset, size_t size), (fd, from, 
     path_of(fd, path);                        \
     if (fails("fsync", path)) return -1;      \
     int code = real(fd);                      \
-    if (!code) say('s', path, NULL);          \
+    struct stat about;                        \
+    char size[32] = "0";                      \
+    if (!fstat(fd, &about)) snprintf(size, sizeof size, "%lld", (long long)about.st_size); \
+    if (!code) say('s', path, size);          \
     return code;                              \
   }
 

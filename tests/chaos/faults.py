@@ -42,40 +42,42 @@ def grow(at: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", at], check=True)
 
 
-def unflushed(log: Path) -> set[Path]:
-    """The files of which something was written after they were last flushed, under the names that they have now."""
-    dirty: set[str] = set()
-    flushed: set[str] = set()
+def unflushed(log: Path) -> dict[Path, int]:
+    """The files of which something was written after they were last flushed, and how many bytes were flushed before.
+
+    They have the names that they have now.
+    """
+    dirty: dict[str, int] = {}
+    flushed: dict[str, int] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        what, path = line[0], line[2:]
+        what, (path, *more) = line[0], line[2:].split("\t")
         if what == "w":
-            dirty.add(path)
-            flushed.discard(path)
+            dirty[path] = flushed.get(path, 0)
         elif what == "s":
-            dirty.discard(path)
-            flushed.add(path)
+            dirty.pop(path, None)
+            flushed[path] = int(more[0])
         else:
-            old, new = path.split("\t")
-            dirty, flushed = moved(dirty, old, new), moved(flushed, old, new)
-    found = {Path(one) for one in dirty}
+            dirty, flushed = moved(dirty, path, more[0]), moved(flushed, path, more[0])
+    found = {Path(one): size for one, size in dirty.items()}
     for temporary in [path for path in found if path.name.startswith(".tmp")]:  # safetensors renames it unseen
-        found |= {path for path in temporary.parent.glob("*.safetensors") if str(path) not in flushed}
-    return {path for path in found if path.is_file()}
+        found |= {path: 0 for path in temporary.parent.glob("*.safetensors") if str(path) not in flushed}
+    return {path: size for path, size in found.items() if path.is_file()}
 
 
-def moved(names: set[str], old: str, new: str) -> set[str]:
+def moved(names: dict[str, int], old: str, new: str) -> dict[str, int]:
     """The names after a file or folder was renamed over another."""
     below = {one for one in names if one == old or one.startswith(f"{old}/")}
-    return (names - below - {new}) | {new + one.removeprefix(old) for one in below}
+    kept = {one: size for one, size in names.items() if one not in below and one != new}
+    return kept | {new + one.removeprefix(old): names[one] for one in below}
 
 
 def cut_power(log: Path, dice: random.Random) -> list[Path]:
     """Do to the unflushed files what a power cut may do: a part is gone, or it is zeros; returns them."""
-    torn = sorted(unflushed(log))
-    for path in torn:
+    torn = unflushed(log)
+    for path, safe in sorted(torn.items()):
         size = path.stat().st_size
-        keep = dice.choice([0, dice.randint(0, size), max(0, size - 1)])
-        os.truncate(path, keep)
+        safe = min(safe, size)
+        os.truncate(path, dice.choice([safe, dice.randint(safe, size), max(safe, size - 1)]))
         if dice.random() < 0.5:
             os.truncate(path, size)  # the length was on the disk, the bytes were not
-    return torn
+    return list(torn)

@@ -178,7 +178,7 @@ class TestDisk:
         shim = faults.shim(tmp_path)
         for call, path in (
             ("write", "1-evaluate.partial/samples-"),  # Arrow
-            ("write", "2-control/checkpoint-000-00000002.tmp/"),  # safetensors
+            ("write", "/checkpoint-000-00000002.tmp/"),  # safetensors
             ("write", "answers.sqlite-wal"),  # SQLite
             ("fsync", "3-control-evaluate.partial/samples-"),
             ("write", "manifest.json.tmp"),
