@@ -99,16 +99,18 @@ class TestKills:
             launch = start(real, "r", REAL, target=at("iter-000/1-evaluate", "put", 20) | {"exact": False})
             assert launch.wait(300) == "moment"
             host(launch).kill()
-            assert launch.wait(300) == "ended"  # by itself, or with one sentence and exit code 1
+            published = real / "runs/r/iter-000/3-control-evaluate"
+            while (ended := launch.wait(0.1)) != "ended" and not published.exists():
+                continue  # it starts another engine and goes on
             launch.kill()
-            if launch.process.returncode:
-                assert launch.process.returncode == 1
+            if ended == "ended":  # or says one sentence
+                assert launch.process.returncode == 1, launch.said()
                 assert "Traceback" not in launch.said()
                 assert "selfimprove resume" in launch.said()
                 launch = start(real, "r", target=at("iter-001/2-generate", "put", 30))
                 assert launch.wait(300) == "moment"
                 assert launch.kill() >= 2
-                assert go(real, "r").process.returncode == 0
+            assert go(real, "r").process.returncode == 0
             is_whole(real, "r")
 
     def test_sigterm_stops_at_a_safe_point_and_the_run_goes_on(self, campaign, folder):
