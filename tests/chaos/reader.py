@@ -42,7 +42,8 @@ def read(run: str, number: int, folder: Path) -> None:
             seen[f"{command[0]} {code}"] += 1
             if code == 0 and "--json" in command:
                 json.loads(out.getvalue())
-            if code not in (0, 1) or "Traceback" in err.getvalue():
+            early = code == 1 and "no run" in err.getvalue()  # it was not begun yet
+            if (code != 0 and not early) or "Traceback" in err.getvalue():
                 wrong.append(f"{command}: {code} {out.getvalue()[-500:]} {err.getvalue()[-500:]}")
             seen["tables read"] += tables(Path("runs", run), dice)
         except Exception:

@@ -226,7 +226,7 @@ class TestOthers:
         first = start(folder, "read")
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         command = [sys.executable, "-m", "tests.chaos.reader", "read", str(READERS), str(tmp_path)]
-        readers = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": path})
+        readers = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1"})
         try:
             while not (folder / "runs/read/state.json").exists():
                 assert first.process.poll() is None, first.said()
