@@ -20,7 +20,7 @@ TORCH_FLAGS = $(TORCH_CPU_INDEX)
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: fuzz all help setup setup-cuda demo test lint types layers tests bench-train docs lock
+.PHONY: all help setup setup-cuda demo test lint types layers tests bench-train chaos fuzz docs lock
 
 all: setup lint types layers tests  ## set up, lint, types, import layers, tests (the default)
 
@@ -66,6 +66,12 @@ VOCAB ?= 1024 32768
 BENCH_ENV = HF_HUB_OFFLINE=1 TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false
 bench-train: setup  ## our training step beside TRL's (OUT=FILE.json REPEATS=5 VOCAB="1024 32768")
 	$(BENCH_ENV) $(BIN)/python -W ignore -m tests.bench.train --repeats $(REPEATS) --vocab $(VOCAB) $(if $(OUT),--out $(OUT))
+
+COUNT ?= 200
+CHAOS ?= /tmp/selfimprove-chaos
+chaos: setup  ## kill runs of the default COUNT=200 times, then every drill at length (OUT=FILE.json; goes on where it was stopped)
+	$(BIN)/python -m tests.chaos.kills --count $(COUNT) --folder $(CHAOS) $(if $(OUT),--out $(OUT))
+	CHAOS_FULL=1 CHAOS_KILLS=40 CHAOS_READERS=50 $(BIN)/python -m pytest -n0 -s --timeout=3600 tests/chaos
 
 docs: setup  ## regenerate docs/cli.md, docs/losses.md and docs/health.md
 	$(BIN)/python docs/make_cli.py && $(BIN)/python docs/make_losses.py && $(BIN)/python docs/make_health.py

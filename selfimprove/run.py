@@ -186,6 +186,7 @@ def iterate(
         if selection.again:
             for name in _move_aside(run, chosen, selection.again):
                 tell(f"set aside {name}")
+        run.sweep()
         every = examine(run, chosen)
         for examined in every:  # a kill may have come between an artifact's publishing and the end of its scratch
             if examined.status == "done" and examined.manifest:

@@ -556,6 +556,12 @@ class Run:
         """Who writes the run now; None where nobody is known to."""
         return locks.holder(self.path)
 
+    def sweep(self) -> None:
+        """Remove what killed writers left half-written in the cache; the lock is held, so no one else writes there."""
+        for pattern in ("*.tmp", ".tmp*"):  # ours, and safetensors' own
+            for path in (self.path / "cache").rglob(pattern):
+                path.unlink(missing_ok=True)
+
     def write_state(self, state: str, iteration: int = 0, stage: str = "", error: str = "") -> None:
         """Say what the writer is doing."""
         process = psutil.Process()

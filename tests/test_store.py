@@ -150,3 +150,12 @@ def test_a_killed_writer_reads_as_stopped(tmp_path):
     state = json.loads((tmp_path / "state.json").read_text()) | {"process_started": 1.0}
     (tmp_path / "state.json").write_text(json.dumps(state))
     assert run.read_state().state == "stopped"
+
+
+def test_half_written_cache_files_of_killed_writers_are_swept_and_whole_ones_stay(tmp_path):
+    cache = tmp_path / "cache" / "model"
+    cache.mkdir(parents=True)
+    for name in (".tmpAbCdEf", "1234.tmp", "1234.safetensors"):
+        (cache / name).write_bytes(b"x")
+    store.Run(tmp_path).sweep()
+    assert [path.name for path in cache.iterdir()] == ["1234.safetensors"]

@@ -39,6 +39,7 @@ def save(folder: Path, learner: Learner, progress: dict[str, Any]) -> None:
             (temporary / "progress.json").write_text(json.dumps(said), encoding="utf-8")
             for file in temporary.iterdir():
                 _fsync(file)
+            _fsync(temporary)
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
         except BaseException:  # a full disk needs the room
@@ -49,6 +50,14 @@ def save(folder: Path, learner: Learner, progress: dict[str, Any]) -> None:
             if older != path:
                 shutil.rmtree(older)
     distributed.barrier(learner.world)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def latest(folder: Path) -> Path | None:
@@ -89,14 +98,6 @@ def load(path: Path, learner: Learner) -> None:
         learner.schedule.step()
     if learner.bound.state is not None:
         learner.bound.state.load(said["loss_state"])
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _optimizers(learner: Learner) -> list[tuple[nn.Module, torch.optim.Optimizer]]:
