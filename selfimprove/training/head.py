@@ -93,7 +93,7 @@ def _softmax(
     x = logits(hidden, weight, bias, shape)
     raw = x.clone() if shape.softcap is not None else None
     rows = max(1, CACHED_BYTES // (4 * x.shape[1])) if x.device.type == "cpu" else max(1, len(x))
-    for part, target, logp in zip(x.split(rows), targets.split(rows), logps.split(rows), strict=True):
+    for part, target, logp in zip(*(torch.split(y, rows) for y in (x, targets, logps)), strict=True):
         part -= part.amax(-1, keepdim=True)
         logp.copy_(part.gather(1, target[:, None])[:, 0])
         total = part.exp_().sum(-1)
