@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+CACHED_BYTES = 512 << 10  # of logits between the passes of a softmax on CPU, so that they stay in a core's cache
+
 
 class Shape(NamedTuple):
     """What a model does to its logits after the matrix product."""
@@ -56,30 +58,31 @@ class _TargetLogps(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         gradient, shape = gradients[0], ctx.shape
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        needs_weight = ctx.needs_input_grad[1]
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         unused = torch.empty(ctx.chunk, dtype=torch.float32, device=hidden.device)
         for number, begin in enumerate(range(0, hidden.shape[0], ctx.chunk)):
             part = slice(begin, begin + ctx.chunk)
-            h, t, g = hidden[part], targets[part], gradient[part, None].float()
+            h, t, g = hidden[part], targets[part], gradient[part, None].float() * -shape.scale
             if ctx.kept:
                 d_logits, raw = ctx.kept[number]
             else:
                 d_logits, raw = _softmax(h, weight, bias, shape, t, unused[: h.shape[0]])
-            d_logits.mul_(-g).scatter_add_(1, t[:, None], g)  # g * (onehot - softmax)
+            # softmax - onehot; g is one factor per row, so it goes to the small sides of the products
+            d_logits.scatter_add_(1, t[:, None], d_logits.new_full((1, 1), -1.0).expand(len(t), 1))
             if shape.softcap is not None:
                 d_logits.mul_(1 - (raw / shape.softcap).square_())
-            d_logits = d_logits.mul_(shape.scale) if shape.scale != 1.0 else d_logits
             d_logits_cast = d_logits.to(hidden.dtype)
             if d_hidden is not None:
-                torch.mm(d_logits_cast, weight, out=d_hidden[part])
-            if d_weight is not None:
-                d_weight += (d_logits_cast.T @ h).float()
+                torch.mm(d_logits_cast, weight, out=d_hidden[part]).mul_(g)
+            if ctx.needs_input_grad[1]:
+                product = (d_logits_cast.T @ (h * g).to(h.dtype)).float()
+                d_weight = product if d_weight is None else d_weight.add_(product)
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
+                d_bias += (g.T @ d_logits)[0]
         ctx.kept = None  # the tiles were used up
-        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None, None
 
 
@@ -89,11 +92,14 @@ def _softmax(
     """Softmax (n, V) in float32, the targets' log-probs in `logps`, and the capped logits where there is a cap."""
     x = logits(hidden, weight, bias, shape)
     raw = x.clone() if shape.softcap is not None else None
-    x -= x.amax(-1, keepdim=True)
-    logps.copy_(x.gather(1, targets[:, None])[:, 0])
-    total = x.exp_().sum(-1)
-    logps -= total.log()
-    return x.div_(total[:, None]), raw
+    rows = max(1, CACHED_BYTES // (4 * x.shape[1])) if x.device.type == "cpu" else max(1, len(x))
+    for part, target, logp in zip(*(torch.split(y, rows) for y in (x, targets, logps)), strict=True):
+        part -= part.amax(-1, keepdim=True)
+        logp.copy_(part.gather(1, target[:, None])[:, 0])
+        total = part.exp_().sum(-1)
+        logp -= total.log()
+        part /= total[:, None]
+    return x, raw
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
