@@ -6,7 +6,7 @@ from pathlib import Path
 
 from selfimprove.errors import UserError
 
-OWN_LINKS = ("latest", "best")  # they lead to iterations
+OWN_LINKS = ("latest", "best", ".latest.tmp", ".best.tmp")  # they lead to iterations; a kill may leave the new one
 FOREIGN = ("trackers",)  # wandb's folder has links of its own; nothing here writes or deletes in it
 
 

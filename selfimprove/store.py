@@ -557,10 +557,12 @@ class Run:
         return locks.holder(self.path)
 
     def sweep(self) -> None:
-        """Remove what killed writers left half-written in the cache; the lock is held, so no one else writes there."""
+        """Remove what killed writers left half-written; the lock is held, so no one else writes there."""
         for pattern in ("*.tmp", ".tmp*"):  # ours, and safetensors' own
             for path in (self.path / "cache").rglob(pattern):
                 path.unlink(missing_ok=True)
+        for path in self.path.glob(".*.tmp"):  # a link that was about to take the place of the old one
+            path.unlink(missing_ok=True)
 
     def write_state(self, state: str, iteration: int = 0, stage: str = "", error: str = "") -> None:
         """Say what the writer is doing."""

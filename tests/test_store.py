@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfimprove import records, store
+from selfimprove import boundary, records, store
 from selfimprove.errors import UserError
 
 PAIR = records.Pair(
@@ -152,10 +152,13 @@ def test_a_killed_writer_reads_as_stopped(tmp_path):
     assert run.read_state().state == "stopped"
 
 
-def test_half_written_cache_files_of_killed_writers_are_swept_and_whole_ones_stay(tmp_path):
+def test_what_killed_writers_left_half_written_is_swept_and_whole_files_stay(tmp_path):
     cache = tmp_path / "cache" / "model"
     cache.mkdir(parents=True)
     for name in (".tmpAbCdEf", "1234.tmp", "1234.safetensors"):
         (cache / name).write_bytes(b"x")
+    (tmp_path / ".best.tmp").symlink_to("iter-002")  # killed between making it and renaming it
+    boundary.refuse_links(tmp_path)
     store.Run(tmp_path).sweep()
     assert [path.name for path in cache.iterdir()] == ["1234.safetensors"]
+    assert not (tmp_path / ".best.tmp").is_symlink()
