@@ -100,7 +100,7 @@ def _changes(old: tuple[Step, Manifest], new: tuple[Step, Manifest], side: Side)
         },
     )
     for change in reasons.of(old[1].ingredients, new[1].ingredients, known):
-        if not change.startswith(("iteration ", "stage ")):
+        if not change.startswith(("iteration ", "stage ", "no longer made from ")):
             yield re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", change)
 
 

@@ -216,7 +216,10 @@ class Sources:
             return source
         if self.manifest(directory) is None:
             return None
-        told = read_json(self.run.path / directory / gate.FILE)
+        try:
+            told = read_json(self.run.path / directory / gate.FILE)
+        except UserError:  # damaged, which `examine` says of the gate itself
+            return None
         iteration = told["goes_on_from"] if which == "next" else told["best"]
         return (self._policies if which == "next" else self._evaluations)[iteration]
 

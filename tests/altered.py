@@ -45,6 +45,11 @@ def change_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -
         Output(path=p.relative_to(directory).as_posix(), bytes=p.stat().st_size, sha256=sha256(p)) for p in files
     ]
     told["key"] = key_of(told["ingredients"])
+    write_manifest(directory, told)
+
+
+def write_manifest(directory: Path, told: Mapping[str, Any]) -> None:
+    """Write a manifest that says so, under a true seal."""
     (directory / "manifest.json").write_text(manifest_text(Manifest.model_validate(told)), encoding="utf-8")
 
 

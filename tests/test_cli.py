@@ -41,7 +41,7 @@ class TestBadInput:
 
     def test_an_empty_seed_file(self):
         Path("seeds.jsonl").write_text("")
-        refused(selfimprove("iterate", "--set", "data.seeds=seeds.jsonl"), 1, "seeds.jsonl holds 0 rows")
+        refused(selfimprove("iterate", "--set", "data.seeds=seeds.jsonl"), 1, "seeds.jsonl holds no rows")
 
     def test_a_recipe_with_an_unknown_key(self):
         Path("my.toml").write_text(

@@ -127,7 +127,7 @@ def test_a_stage(runs):
         (["one", "one@2"], 2, "'one' names no iteration"),
         (["one@1", "one@2/label"], 2, "an iteration and a stage"),
         (["one@1/label", "one@2/generate"], 1, "different stages"),
-        (["one@1", "one@9"], 1, "no stage '9'"),
+        (["one@1", "one@9"], 1, "no iteration '9'"),
         (["one@1", "none@1"], 1, "no run 'none'"),
     ],
 )

@@ -17,7 +17,7 @@ from selfimprove.judges import Candidate
 from selfimprove.judges.pairing import RULES, Dropped, Judged
 from selfimprove.recipe import Adapter, Choice, Optimizer
 from selfimprove.report import planning
-from tests import synthetic_run
+from tests import altered, synthetic_run
 from tests.conftest import QUICK, SMALL, selfimprove
 
 
@@ -120,7 +120,7 @@ class TestReasons:
     def test_an_artifact_made_again_by_hand_is_named_once(self, fake_run):
         other = manifest(fake_run, "iter-001/4-train")
         other["outputs"] = [o | {"sha256": "0" * 64} if "safetensors" in o["path"] else o for o in other["outputs"]]
-        (fake_run / "iter-001/4-train/manifest.json").write_text(json.dumps(other))
+        altered.write_manifest(fake_run / "iter-001/4-train", other)
         assert planned("fake")["1/evaluate"]["why"] == "iter-001/4-train was made again"
 
     def test_a_changed_model_and_a_file_that_is_gone_are_named(self, cut_data):
@@ -301,7 +301,7 @@ class TestEstimates:
         label = run.path / "iter-001/3-label"
         spent = manifest(run.path, "iter-001/3-label")
         spent["metrics"] = {"pairs": 60, "servers": {"s": {"usd": 0.75, "unmeasured": 0}}}
-        (label / "manifest.json").write_text(json.dumps(spent))
+        altered.write_manifest(label, spent)
         shutil.rmtree(run.path / "iter-002")
         taken = estimates.estimate(run, chosen, plan.examine(run, chosen))
         assert taken["iter-002/3-label"].usd == pytest.approx(0.75, rel=0.05)

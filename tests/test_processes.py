@@ -84,7 +84,10 @@ class TestChildren:
         )  # fmt: skip
 
         def training():
-            commands = [" ".join(child.cmdline()) for child in below(driver.pid)]
+            commands = []
+            for child in below(driver.pid):
+                with contextlib.suppress(psutil.Error):  # one that has just ended
+                    commands.append(" ".join(child.cmdline()))
             return sum("selfimprove.training.launch" in one for one in commands) >= 3  # torchrun and its workers
 
         until(training, driver)
@@ -138,7 +141,7 @@ class TestLocks:
             for command in (
                 ["resume", "fake"],
                 ["iterate", "--run", "fake", "--rounds", "2", "--engine", "fake", *SMALL],
-                ["resume", "fake", "--again", "iter-002/3-label"],
+                ["resume", "fake", "--from", "2/label"],
             ):
                 result = selfimprove(*command)
                 assert result.code == 1

@@ -326,7 +326,7 @@ class TestStatus:
         assert told["base"]["iteration"] == 0
         for entry in [told["base"], *told["iterations"]]:
             for stage in entry["stages"]:
-                assert stage.keys() == {"name", "state", "rows_in", "rows_out", "quarantined", "seconds"}
+                assert stage.keys() == {"name", "state", "rows_in", "rows_out", "quarantined", "seconds", "collected"}
                 assert stage["rows_in"] == stage["rows_out"] + stage["quarantined"]
             for score in entry["scores"].values():
                 assert score["ci95"][0] <= score["value"] <= score["ci95"][1]

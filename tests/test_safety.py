@@ -207,7 +207,7 @@ def test_verify_names_a_file_that_is_a_link(fake_run, tmp_path):
     pairs.symlink_to(tmp_path / "p")
     result = selfimprove("verify", "fake")
     assert result.code == 3
-    assert "pairs-00000.parquet is a symlink" in result.out
+    assert "pairs-00000.parquet is a symbolic link" in result.out
 
 
 def test_a_run_on_another_disk_behind_a_link_to_its_whole_folder_works(fake_run, tmp_path):

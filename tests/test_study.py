@@ -249,5 +249,5 @@ class TestFile:
 
     def test_two_at_once_are_refused(self, folder):
         one = study.Folder(Path("runs"), study.load(Path("tiny.toml")))
-        with one.lock(), pytest.raises(UserError, match="another process"), one.lock():
+        with one.lock(), pytest.raises(UserError, match="is being written by process"), one.lock():
             pass

@@ -273,13 +273,13 @@ class TestAround:
         secret = tmp_path / "secret"
         secret.write_text("x")
 
-        def reach(told):
-            told["outputs"].append({"path": "../../../../secret", "bytes": 1, "sha256": store.sha256(secret)})
-
-        edit(fake_run / LABEL / "manifest.json", reach)
-        told = store.Manifest.model_validate_json((fake_run / LABEL / "manifest.json").read_text())
+        told = store.read_manifest(fake_run / LABEL)
+        out = store.Output.model_construct(path="../../../../secret", bytes=1, sha256=store.sha256(secret))
+        told.outputs.append(out)
         (fake_run / LABEL / "manifest.json").write_text(store.manifest_text(told))
-        assert ["secret is missing" in sentence for sentence in sentences(fake_run)] == [True]
+        [sentence] = sentences(fake_run)
+        assert "manifest.json is damaged" in sentence
+        assert "would lie outside of the artifact" in sentence
 
     @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": "\x00"}', "rounds = 'many'"])
     @pytest.mark.parametrize("name", ["recipe.toml", "run.json", "digests.json"])
@@ -293,8 +293,10 @@ class TestAround:
     def test_a_recipe_that_makes_something_else_is_told(self, fake_run):
         file = fake_run / "recipe.toml"
         file.write_text(file.read_text().replace("beta = 2.0", "beta = 3.0"))
-        [sentence] = sentences(fake_run)
-        assert "iter-001/4-train is not what recipe.toml makes: section.loss.beta 2.0 -> 3.0" in sentence
+        for number, sentence in enumerate(sentences(fake_run), 1):
+            what = f"iter-00{number}/4-train is not what recipe.toml makes: train.loss.beta 2.0 -> 3.0"
+            assert what in sentence
+        assert number == 2
 
     def test_a_remembered_hash_of_a_file_outside_that_is_wrong(self, fake_run):
         edit(fake_run / "digests.json", lambda told: next(iter(told.values())).update(digest="0" * 64))

@@ -1,8 +1,8 @@
 """The order of the checks: files first; of artifacts whose files are whole the rows, then what follows from them."""
 
+import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from selfimprove import recipe_file
@@ -118,11 +118,14 @@ def _stale(run: Run, chosen: Recipe, faulty: Collection[str], notes: list[str]) 
         where = run.path / one.step.directory
         if one.status != "stale" or one.step.directory in beyond:
             continue
-        if one.reason == "its input is gone":
-            notes.append(f"{where}: an input of it outside the run is gone")
-        elif one.reason.endswith("will be made again"):
-            [name] = [part for part in one.reason.split() if part.startswith("iter-")]
-            if not (run.path / name).exists():
-                yield f"{where} was made from {name}, which is not there"
-        else:
-            yield f"{where} is not what {Path(run.recipe_file).name} makes: {one.reason}"
+        others = []
+        for reason in one.reason.split("; "):
+            if reason.endswith("will be made again"):
+                lacking = [name for name in re.findall(r"iter-\d+/[\w-]+", reason) if not (run.path / name).exists()]
+                yield from (f"{where} was made from {name}, which is not there" for name in lacking)
+            elif " is gone" in reason:
+                notes.append(f"{where}: {reason}")
+            else:
+                others.append(reason)
+        if others:
+            yield f"{where} is not what {run.recipe_file.name} makes: {'; '.join(others)}"

@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+EARLY = ("no run", "no recipe called", "is not evaluated yet", "not made yet")  # what is asked for is not there yet
 COMMANDS = (
     ("status", "{run}", "--json"),
     ("plan", "{run}", "--json"),
@@ -42,7 +43,7 @@ def read(run: str, number: int, folder: Path) -> None:
             seen[f"{command[0]} {code}"] += 1
             if code == 0 and "--json" in command:
                 json.loads(out.getvalue())
-            early = code == 1 and "no run" in err.getvalue()  # it was not begun yet
+            early = code == 1 and any(text in err.getvalue() for text in EARLY)
             if (code != 0 and not early) or "Traceback" in err.getvalue():
                 wrong.append(f"{command}: {code} {out.getvalue()[-500:]} {err.getvalue()[-500:]}")
             seen["tables read"] += tables(Path("runs", run), dice)

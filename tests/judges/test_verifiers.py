@@ -49,9 +49,9 @@ def _one(text: str, answer: str | None = None, **parameters: object) -> Opinion:
         ({"checker": "json_schema"}, "checker 'json_schema' needs 'json_schema'"),
         ({"checker": "regex", "pattern": "("}, "no regular expression"),
         ({"checker": "json_schema", "json_schema": {"type": "nonsense"}}, "'json_schema' is no JSON schema"),
-        ({"checker": "json_schema", "json_schema": "nowhere.json"}, "cannot read the schema nowhere.json"),
+        ({"checker": "json_schema", "json_schema": "nowhere.json"}, "nowhere.json cannot be read"),
         ({"checker": "python", "function": "nowhere_to_be_found:f"}, "cannot import 'nowhere_to_be_found'"),
-        ({"checker": "python", "function": "math:nothing"}, "'math' has no function 'nothing'"),
+        ({"checker": "python", "function": "numpy:nothing"}, "'numpy' has no function 'nothing'"),
         ({"checker": "python", "function": "math"}, "'math' names no function"),
         ({"checker": "oracle"}, "parameter 'checker'"),
         ({"checker": "unit_tests", "timeout_seconds": 0.0}, "parameter 'timeout_seconds"),
@@ -69,7 +69,7 @@ def test_parameters_that_do_not_go_together_are_refused_before_anything_runs(par
 def test_every_checker_binds():
     for checker, parameters in {
         "demo_world": {}, "exact": {}, "numeric": {}, "regex": {"pattern": "x"}, "json_schema": {"json_schema": {}},
-        "unit_tests": {"timeout_seconds": 3}, "python": {"function": "math:isclose"},
+        "unit_tests": {"timeout_seconds": 3}, "python": {"function": "numpy:isclose"},
     }.items():  # fmt: skip
         judges.bind(Choice.model_validate({"name": "verifier", "checker": checker} | parameters))
     judges.bind(Choice.model_validate({"name": "verifier", "checker": "regex"}))

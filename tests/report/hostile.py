@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfimprove import store
+from tests import altered
 
 MARKUP = (
     '<script>window.owned = 1; document.title = "owned"</script>'
@@ -96,4 +97,4 @@ def republish(directory: Path) -> None:
         for p in files
     ]
     told["rows"]["quarantined"] = {MARKUP + CODES + reason: n for reason, n in told["rows"]["quarantined"].items()}
-    path.write_text(json.dumps(told), encoding="utf-8")
+    altered.write_manifest(directory, told)

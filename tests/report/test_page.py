@@ -17,6 +17,7 @@ from selfimprove.data import SHIPPED
 from selfimprove.report import charts, evidence, samples
 from selfimprove.report.charts import Mark
 from selfimprove.report.evidence import Point
+from tests import altered
 from tests.conftest import QUICK, selfimprove
 from tests.paths import ROOT
 from tests.report.conftest import page_of
@@ -161,10 +162,10 @@ def test_dropped_rows_have_their_reasons(four_rounds, whole):
 
 
 def test_money_is_shown_where_a_server_was_asked(run_copy):
-    path = run_copy / "iter-002/3-label/manifest.json"
-    told = json.loads(path.read_text())
+    directory = run_copy / "iter-002/3-label"
+    told = json.loads((directory / "manifest.json").read_text())
     told["metrics"]["servers"] = {"judge": {"usd": 1.25}, "other": {"usd": 0.5}}
-    path.write_text(json.dumps(told))
+    altered.write_manifest(directory, told)
     assert Page.of(page_of(run_copy)).text.count("$1.7500") == 2  # its round, and the sum
 
 
@@ -190,8 +191,8 @@ def test_a_run_of_one_round_has_a_page(run_copy):
 
 
 def test_a_stale_stage_is_named(run_copy):
-    (run_copy / "iter-002/3-label/audit.json").write_text("{}")
-    assert "Not up to date, and shown all the same: iter-002/3-label" in " ".join(
+    altered.change_recipe(run_copy, lambda told: told["train"]["optimizer"].update(learning_rate=0.5))
+    assert "Not up to date, and shown all the same: iter-001/4-train" in " ".join(
         Page.of(page_of(run_copy)).text.split()
     )
 

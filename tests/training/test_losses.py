@@ -316,7 +316,7 @@ def test_a_stateful_loss_refuses_what_its_state_has_not_filled(name):
 
 def test_the_loss_of_a_recipe_has_its_parameters_bound():
     bound = losses.of(_section({"name": "simpo", "beta": 4.0, "gamma": 0.5}))
-    assert bound[1:] == (4.0, 0, False, frozenset(), None)
+    assert bound[1:] == (4.0, 0, False, frozenset(), None, True)
     torch.testing.assert_close(bound.function(_quantities()), losses.simpo(_quantities(), beta=4.0, gamma=0.5))
 
 
@@ -345,7 +345,7 @@ def test_a_mix_is_the_weighted_sum_of_its_members():
         {"name": "mrpo", "weight": 0.125},
     ]
     mix, q = _of(*loss), _quantities()
-    assert mix[1:] == (0.2, 2, True, {"mismatched"}, None)
+    assert mix[1:] == (0.2, 2, True, {"mismatched"}, None, True)
     parts = [losses.dpo(q, beta=0.2), losses.sft(q), coupling.kto(q), losses.mrpo(q)]
     expected = sum(entry["weight"] * part.mean() for entry, part in zip(loss, parts, strict=True))
     assert mix.function(q).shape == (8,)
