@@ -4,7 +4,6 @@ A stage is measured by the nearest round that has made it, scaled by what is kno
 epochs. Without any, what needs no measuring is computed, as prompts x n x max_tokens; time is then unknown.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from selfimprove.errors import UserError
 from selfimprove.plan import BASE, Examined, Sources
 from selfimprove.recipe import Recipe
 from selfimprove.stages import evaluate, generate, improve, label, synthesize, train
-from selfimprove.store import Manifest, Run
+from selfimprove.store import Manifest, Run, read_lines
 
 
 class Estimate(NamedTuple):
@@ -193,13 +192,13 @@ def _scaled(
 
 def _peak(directory: Path) -> int | None:
     """The most memory that a training of an artifact has used; None where none is told."""
-    peaks = []
-    for file in directory.glob("*metrics.jsonl"):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                peaks.append(float(json.loads(line)["peak_memory_mib"]))
-            except (ValueError, KeyError):
-                continue
+    peaks: list[float] = []
+    for file in sorted(directory.glob("*metrics.jsonl")):
+        try:
+            told = [line.get("peak_memory_mib") for line in read_lines(file)]
+        except UserError:  # damaged: verify names it
+            return None
+        peaks += [one for one in told if isinstance(one, int | float)]
     return round(max(peaks) * 2**20) if peaks else None
 
 

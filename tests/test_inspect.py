@@ -379,7 +379,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, arguments):
         lines, peak = _measured(tmp_path, name, count, arguments)
         assert lines == count or "--jsonl" not in arguments
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 120, peaks  # MiB; 300,000 rows as Python objects take more than 500
+    assert peaks[1] - peaks[0] < 200, peaks  # MiB; 300,000 rows as Python objects take more than 500
 
 
 def _measured(folder: Path, name: str, count: int, arguments: list[str]) -> tuple[int, float]:
