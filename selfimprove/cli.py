@@ -125,7 +125,7 @@ def _go(name: str, chosen: Any, again: str | None, until: str | None, only: str 
                 tell=lambda sentence: talk.print(sentence, highlight=False, soft_wrap=True),
             )
     except KeyboardInterrupt:
-        talk.print(f"\nstopped; selfimprove resume {name} goes on after the last finished stage", highlight=False)
+        talk.print(f"\nstopped; selfimprove resume {name} goes on where it stopped", highlight=False)
         raise typer.Exit(130) from None
     Console().print(terminal.evaluations(summary(found, chosen)))
     if outcome.made:
@@ -277,7 +277,8 @@ def status(run: RunName, as_json: AsJson = False) -> None:
     """State, rows, seconds and scores of every iteration."""
     from selfimprove.status import summary
 
-    told = summary(*_open(run))
+    found, chosen = _open(run)
+    told = summary(found, chosen)
     if as_json:
         _json(told)
         return
@@ -289,6 +290,8 @@ def status(run: RunName, as_json: AsJson = False) -> None:
     console = Console()
     console.print(terminal.stages_table(told))
     console.print(terminal.evaluations(told))
+    if holder := found.holder():
+        console.print(f"being written by {line(str(holder))}", highlight=False, markup=False)
     if told["error"]:
         console.print(f"stopped by: {line(told['error'])}", highlight=False, markup=False)
 
