@@ -18,6 +18,10 @@ COLOURS = {"done": "green", "stale": "yellow", "to do": ""}
 def show(examined: Sequence[Examined], taken: Mapping[str, Estimate], console: Console) -> None:
     """Print the plan; `taken` has an estimate of each step that is not done."""
     console.print(table(examined, taken))
+    for sentence in reasons(examined):
+        console.print(sentence, soft_wrap=True)
+    if taken:
+        console.print(f"tokens, time, disk, memory: {_measured(list(taken.values()))}", highlight=False)
     if all(one.status == "done" for one in examined):
         console.print("everything is made: nothing to do", highlight=False)
 
@@ -29,12 +33,11 @@ def table(examined: Sequence[Examined], taken: Mapping[str, Estimate]) -> Table:
     drawn.add_column("plan", no_wrap=True)
     for heading in ("tokens", "time", "disk", "memory", "USD"):
         drawn.add_column(heading, justify="right", no_wrap=True)
-    drawn.add_column("why", overflow="fold")
     left = [taken[e.step.directory] for e in examined if e.step.directory in taken]
     for one in examined:
         cells = _cells(taken[one.step.directory]) if one.step.directory in taken else [""] * 5
         status = Text(one.status, style=COLOURS[one.status])
-        drawn.add_row(called(one.step), status, *cells, Text(line(one.reason)))
+        drawn.add_row(called(one.step), status, *cells)
     if left:
         sums = total(left)
         parts = [count(sums.tokens), duration(sums.seconds), size(sums.disk_bytes), size(sums.memory_bytes)]
@@ -44,8 +47,14 @@ def table(examined: Sequence[Examined], taken: Mapping[str, Estimate]) -> Table:
             for text, name in zip([*parts, f"{sums.usd:.2f}"], names, strict=True)
         ]
         drawn.add_section()
-        drawn.add_row("all", f"{len(left)} left", *cells, Text(_measured(left)))
+        drawn.add_row("all", f"{len(left)} left", *cells)
     return drawn
+
+
+def reasons(examined: Sequence[Examined]) -> list[Text]:
+    """Why each stage is what it is, where that does not go without saying."""
+    told = [one for one in examined if one.reason and one.status != "to do"]
+    return [Text.assemble((f"{called(one.step)}: ", "bold"), line(one.reason)) for one in told]
 
 
 def _cells(one: Estimate) -> list[str]:

@@ -114,7 +114,7 @@ def test_tables_show_markup_and_codes(text):
     shown = codes_of_rich(
         printed(
             terminal.iterations_table(summary),
-            planning.table([Examined(step, "stale", text, None, None)], {}),
+            *planning.reasons([Examined(step, "stale", text, None, None)]),
             audit.groups_table([group]),
         )
     )
