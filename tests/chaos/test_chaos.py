@@ -178,7 +178,7 @@ class TestDisk:
 
     def test_writes_that_fail_stop_with_one_sentence_and_tear_nothing(self, campaign, folder, tmp_path):
         shim = faults.shim(tmp_path)
-        for call, path in (
+        faulty = (
             ("write", "1-evaluate.partial/samples-"),  # Arrow
             ("write", "/checkpoint-000-00000002.tmp/"),  # safetensors
             ("write", "answers.sqlite-wal"),  # SQLite
@@ -189,7 +189,8 @@ class TestDisk:
             ("write", "4-train.partial/policy/"),
             ("rename", "state.json.tmp"),
             ("write", "scores.json"),
-        ):
+        )
+        for call, path in faulty if FULL else faulty[:4]:
             number = errno.EIO if path != "4-train.partial/policy/" else errno.EROFS
             fault = {"FAULT_CALL": call, "FAULT_PATH": path, "FAULT_ERRNO": str(number), "LD_PRELOAD": str(shim)}
             ended = go(folder, "failing", environment=fault)
@@ -207,7 +208,7 @@ class TestDisk:
         torn: Counter[str] = Counter()
         moments = [("iter-000/1-evaluate", "put"), ("iter-000/2-control", "step"), ("iter-000/2-control", "publish")]
         moments += [("iter-001/1-synthesize", "put"), ("iter-001/2-generate", "manifest"), ("iter-001/4-train", "step")]
-        for stage, moment in moments:
+        for stage, moment in moments if FULL else [*moments[:2], moments[-1]]:
             count = max(1, campaign.moments[stage, moment] * 2 // 3)
             launch = start(folder, "dark", target=at(stage, moment, count), environment=memory)
             assert launch.wait(300) == "moment", launch.said()
@@ -215,7 +216,7 @@ class TestDisk:
             torn.update(path.name for path in faults.cut_power(log, dice))
             assert Launch(folder, "dark", ["verify", "dark"]).wait(60) == "ended"
         print(dict(torn))
-        assert {"answers.sqlite-wal", "metrics.jsonl"} <= torn.keys()
+        assert {"answers.sqlite-wal", "metrics.jsonl"} <= torn.keys() or ("answers.sqlite-wal" in torn and not FULL)
         assert go(folder, "dark").process.returncode == 0
         there, whole = folder / "runs" / "dark", folder / "runs" / kills.WHOLE
         assert outcome.differences(there, whole) == []  # what was not flushed may be asked again
