@@ -53,7 +53,7 @@ def find(name: str) -> Path:
     if name.endswith(".toml") or "/" in name:
         return Path(name)
     path = shipped("pipelines") / f"{name}.toml"
-    if not path.is_file():
+    if textfile.there(path) != "file":
         known = ", ".join(p.stem for p in shipped_recipes())
         raise UserError(f"no recipe called '{name}'", f"known: {known}; or give a path ending in .toml")
     return path

@@ -149,3 +149,8 @@ class TestSchedule:
         recipe.Edit(drop=["train.noise.scale", "label.judge"]).apply(table)
         with pytest.raises(UserError, match=r"'train\.loss' is no table"):
             recipe.Edit(drop=["train.loss.beta"]).apply(table)
+
+
+def test_a_name_too_long_for_a_file_is_no_recipe():
+    with pytest.raises(UserError, match="no recipe called"):
+        recipe_file.find("x" * 5_000)

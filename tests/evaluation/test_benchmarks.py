@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from selfimprove.evaluation.benchmarks import alpaca_lc, arena_hard, gsm8k, ratings
+from selfimprove.evaluation.benchmarks import alpaca_lc, arena_hard, fields, gsm8k, ratings
 from tests.conftest import selfimprove
 from tests.paths import ROOT, SHARED
 
@@ -420,3 +420,8 @@ def test_scoring_imports_nothing_heavy():
 
 def test_winners_are_the_published_ones():
     assert set(arena_hard.WINNERS) == {"model_a", "model_b", "tie", "tie (bothbad)"}
+
+
+@pytest.mark.parametrize(("value", "sane"), [(10**400, False), (-(10**400), False), (7, True), (1e301, False)])
+def test_a_number_that_no_float_holds_is_not_sane(value, sane):
+    assert fields._sane(value) is sane

@@ -134,7 +134,7 @@ def printable(text: str) -> str:
 
 def _sane(value: float) -> bool:
     """Whether a number is one that arithmetic can go on with; NaN stands for none."""
-    return math.isnan(value) or abs(value) <= 1e300
+    return (isinstance(value, float) and math.isnan(value)) or abs(value) <= 1e300  # isnan knows no huge integer
 
 
 def _cell(text: str | None) -> int | float | str | None:
