@@ -334,15 +334,15 @@ def examine(run: Run, recipe: Recipe, again: Step | None = None) -> list[Examine
     found: list[Examined] = []
     waiting: set[str] = set()  # artifacts that will be made again
     for step in steps(recipe):
+        directory = run.path / step.directory
+        there = directory.exists()  # asked before: it may be published at this moment
         manifest = sources.manifest(step.directory)
         pending = sorted(upstream(step) & waiting)
         seen = seen_by(step, recipe, sources)
         ingredients = None if pending or _gaps(seen) else seen
-        directory = run.path / step.directory
         if manifest is None:
-            gone = directory.exists()
-            status = "stale" if gone else "to do"
-            why = ["its manifest.json is missing"] if gone else [f"after {pending[-1]}" if pending else "not made yet"]
+            status = "stale" if there else "to do"
+            why = ["its manifest.json is missing"] if there else [f"after {pending[-1]}" if pending else "not made yet"]
         else:
             why = list(_why(step, recipe, sources, manifest, seen, pending))
             if again and again.directory == step.directory:

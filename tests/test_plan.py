@@ -360,3 +360,20 @@ def test_a_plan_of_20_finished_rounds_answers_in_under_a_second(in_tmp):
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert run.path.is_dir()
     assert min(times) < 1, times
+
+
+def test_what_is_published_while_a_plan_looks_is_not_taken_for_torn(fake_run, monkeypatch):
+    hidden = fake_run / "hidden"
+    directory = fake_run / "iter-002/5-evaluate"
+    directory.rename(hidden)
+    read = plan.Sources.manifest
+
+    def publishing(self, name):
+        found = read(self, name)
+        if name == "iter-002/5-evaluate" and hidden.exists():
+            hidden.rename(directory)
+        return found
+
+    monkeypatch.setattr(plan.Sources, "manifest", publishing)
+    run = store.Run(fake_run)
+    assert plan.examine(run, recipe_file.load(run.recipe_file))[-1].status == "to do"
