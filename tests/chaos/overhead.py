@@ -46,6 +46,7 @@ def main() -> None:
         chosen = recipe_file.load(recipe_file.find("default"))
         for stage in {step.stage for step in steps(chosen)}:
             stage.run = timed("bodies", stage.run)  # type: ignore[attr-defined]
+        running.check(chosen)  # imports transformers and what it needs, once
         running.iterate = timed("iterate", running.iterate)
         running.execute = timed("stages", running.execute)
         sys.argv = ["selfimprove", "iterate", *given.arguments, "--run", "overhead"]
