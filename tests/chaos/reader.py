@@ -30,6 +30,8 @@ def read(run: str, number: int, folder: Path) -> None:
     from selfimprove import cli
 
     dice, seen, wrong = random.Random(number), Counter[str](), []
+    while not Path("runs", run).exists():
+        time.sleep(0.05)
     while not (folder / "stop").exists():
         command = [part.format(run=run, page=folder / f"{number}.html") for part in dice.choice(COMMANDS)]
         out, err = io.StringIO(), io.StringIO()
@@ -76,6 +78,7 @@ def main(run: str, number: int, folder: Path) -> None:
     import selfimprove.report.inspection
 
     del datasets, selfimprove
+    (folder / "ready").touch()
     children = []
     for one in range(number):
         if not (child := os.fork()):

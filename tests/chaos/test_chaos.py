@@ -20,7 +20,7 @@ import pytest
 from selfimprove import recipe
 from tests.chaos import faults, kills, outcome
 from tests.chaos.launch import Launch
-from tests.conftest import cut
+from tests.conftest import cut, selfimprove
 from tests.paths import ROOT
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "6"))
@@ -224,25 +224,28 @@ class TestDisk:
 
 class TestOthers:
     def test_a_second_writer_is_refused_and_readers_see_whole_things(self, campaign, folder, tmp_path):
-        first = start(folder, "read")
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         command = [sys.executable, "-m", "tests.chaos.reader", "read", str(READERS), str(tmp_path)]
         readers = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1"})
+        while not (tmp_path / "ready").exists():
+            assert readers.poll() is None
+            time.sleep(0.05)
+        assert selfimprove("resume", kills.WHOLE).code == 0  # imports it all: the run is over soon
+        first = start(folder, "read")
         try:
             while not (folder / "runs/read/state.json").exists():
                 assert first.process.poll() is None, first.said()
                 time.sleep(0.01)
-            second = subprocess.run(
-                [sys.executable, "-m", "selfimprove.cli", "resume", "read"],
-                cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-            )  # fmt: skip
+            second = selfimprove(
+                "resume", "read"
+            )  # in this process: a new one would start for longer than the run takes
             assert first.wait(300) == "ended"
         finally:
             first.kill()
             (tmp_path / "stop").touch()
             readers.wait(60)
-        assert second.returncode == 1
-        assert f"is being written by process {first.process.pid}" in second.stderr
+        assert second.code == 1
+        assert f"is being written by process {first.process.pid}" in second.err
         assert first.process.returncode == 0
         is_whole(folder, "read")
         told = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(READERS)]
