@@ -418,7 +418,7 @@ class Artifact:
             self.write_rows("quarantine", Quarantined, self.quarantined)
         files = sorted(p for p in self.partial.rglob("*") if p.is_file())
         for path in files:
-            _fsync(path)
+            fsync(path)
         manifest = Manifest(
             iteration=iteration,
             stage=stage,
@@ -463,7 +463,7 @@ class Artifact:
                 raise
             except OSError:  # another file system, or too many links
                 shutil.copyfile(published / name, target)
-                _fsync(target)
+                fsync(target)
                 copied += 1
         if read_manifest(self.partial) != manifest or missing_outputs(self.partial, manifest):
             raise FileNotFoundError(f"{published} changed while it was linked")
@@ -473,9 +473,9 @@ class Artifact:
     def _reveal(self) -> None:
         """Flush the folders and make the artifact visible in one rename."""
         for folder in [self.partial, *(p for p in self.partial.rglob("*") if p.is_dir())]:
-            _fsync(folder)
+            fsync(folder)
         self.partial.rename(self.directory)
-        _fsync(self.directory.parent)
+        fsync(self.directory.parent)
 
     def discard(self) -> None:
         """Leave nothing half-written behind."""
@@ -498,7 +498,8 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,6 @@
 """Training checkpoints: safetensors and JSON in one directory that is there whole or not at all."""
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfimprove.store import fsync
 from selfimprove.training import distributed
 from selfimprove.training.learner import Learner
 from selfimprove.training.references import Live
@@ -38,26 +38,18 @@ def save(folder: Path, learner: Learner, progress: dict[str, Any]) -> None:
             save_file(tensors, temporary / "tensors.safetensors")
             (temporary / "progress.json").write_text(json.dumps(said), encoding="utf-8")
             for file in temporary.iterdir():
-                _fsync(file)
-            _fsync(temporary)
+                fsync(file)
+            fsync(temporary)
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
         except BaseException:  # a full disk needs the room
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _fsync(folder)  # before the one before it goes
+        fsync(folder)  # before the one before it goes
         for older in sorted(folder.glob("checkpoint-*")):
             if older != path:
                 shutil.rmtree(older)
     distributed.barrier(learner.world)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def latest(folder: Path) -> Path | None:
