@@ -458,7 +458,14 @@ class Machine(Section):
     train_tokens: int = Field(8192, ge=1)  # tokens per forward and backward pass of training
     logits_mib: int = Field(256, ge=1)  # largest (tokens, vocabulary) tensor of training
     gradient_checkpointing: bool = False
-    num_processes: int = Field(1, ge=1)  # of training
+    executor: Literal["local", "static", "ray"] = "local"  # who does the shards of generating, scoring, judging
+    workers: int = Field(1, ge=1)  # of `local` and `ray`, each with an engine of its own
+    tensor_parallel: int = Field(1, ge=1)  # GPUs of one engine
+    ray_address: str | None = None  # of a running cluster, as ray.init takes it; unset = a local one
+    num_processes: int = Field(1, ge=1)  # of training, on each node
+    nodes: int = Field(1, ge=1)  # of training
+    rendezvous: str | None = None  # host:port of torchrun's, the same on all nodes; unset = the scheduler's variables
+    store: str | None = None  # where published artifacts are kept too: a folder or a URL of fsspec (s3://, gs://)
     sharding: Literal["ddp", "fsdp"] = "ddp"
     checkpoint_steps: int = Field(100, ge=1)  # optimiser steps between training checkpoints
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
