@@ -75,7 +75,9 @@ def exact(model):
 
 
 def error(found, expected):
-    return max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+    """Mean over all tokens, in nats: in bfloat16 single ones are off by a quarter."""
+    off = [abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)]
+    return sum(off) / len(off)
 
 
 def test_sleep_gives_the_memory_back_and_other_weights_wake_it(engine, other):
@@ -87,8 +89,8 @@ def test_sleep_gives_the_memory_back_and_other_weights_wake_it(engine, other):
     assert free_asleep - free_awake > 0.1 * total
     engine.swap(other)
     changed = error(scored(engine), exact(other))
-    assert changed < 0.25 < error(scored(engine), exact(MODEL))
-    assert right < 0.25
+    assert changed < 0.03 < 0.3 < error(scored(engine), exact(MODEL))
+    assert right < 0.03
     engine.sleep()
     engine.swap(MODEL)
     agree = sum(a == b for a, b in zip(answers(engine), first, strict=True))
@@ -102,7 +104,7 @@ def test_awake_too_the_weights_are_swapped_and_the_prefix_cache_forgets(engine, 
     before = answers(engine)
     engine.swap(other)
     assert answers(engine) != before
-    assert error(scored(engine), exact(other)) < 0.25
+    assert error(scored(engine), exact(other)) < 0.03
     assert engine.rebuilds == 0
 
 

@@ -68,22 +68,21 @@ def summed(scorer, mode, found):
     scorer.use(mode)
     scorer.model.zero_grad()
     logps = scorer(scorer.pack(found)).logps
-    signs = torch.tensor([1.0, -1.0], device="cuda").repeat(len(found))
+    signs = torch.arange(len(logps), device="cuda").cos()
     (logps * signs).sum().backward()
     gradient = torch.cat([p.grad.float().flatten() for p in scorer.model.parameters()])
     return logps.detach().double(), gradient
 
 
 def test_packed_trees_equal_rows_that_are_padded_up_to_the_noise_of_bfloat16():
-    model, found = llama(), trees()
-    scorer = Scorer(model, dtype=torch.bfloat16)
-    exact, exact_gradient = summed(Scorer(model), "padded", found)
-    packed, packed_gradient = summed(scorer, "packed", found)
-    padded, padded_gradient = summed(scorer, "padded", found)
-    noise = (padded - exact).abs().max()
-    assert (packed - exact).abs().max() < 2 * noise
+    found, half = trees(), torch.bfloat16
+    exact, exact_gradient = summed(Scorer(llama()), "padded", found)
+    packed, packed_gradient = summed(Scorer(llama(), dtype=half), "packed", found)
+    padded, padded_gradient = summed(Scorer(llama(), dtype=half), "padded", found)
+    noise = (padded - exact).norm()
+    assert (packed - exact).norm() < 1.5 * noise
     wrong = (padded_gradient - exact_gradient).norm() / exact_gradient.norm()
-    assert (packed_gradient - exact_gradient).norm() / exact_gradient.norm() < 2 * wrong
+    assert (packed_gradient - exact_gradient).norm() / exact_gradient.norm() < 1.5 * wrong
     assert wrong < 0.1
 
 
@@ -129,13 +128,8 @@ def test_a_training_that_was_stopped_goes_on_where_it_was(tmp_path, pairs, monke
     assert cut == pytest.approx(whole, abs=1e-4)  # sums of atomics have no fixed order on a GPU
 
 
-def test_memory_that_does_not_last_names_the_knob(tmp_path, pairs):  # noqa: F811
-    torch.cuda.empty_cache()
-    _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (24 << 20)) / total)
-    try:
-        with pytest.raises(UserError, match="does not hold a micro-batch of 8192 tokens") as raised:
-            launch.train(job(tmp_path, pairs * 40, DPO, {"train_tokens": 8192}, batch_size=900))
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+def test_memory_that_does_not_last_names_the_knob(tmp_path, pairs, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Learner, "probe", lambda learner, batch: torch.empty(1 << 45, device="cuda"))
+    with pytest.raises(UserError, match="does not hold a micro-batch of 8192 tokens") as raised:
+        launch.train(job(tmp_path, pairs, DPO, {"train_tokens": 8192}))
     assert "machine.train_tokens = 4096" in raised.value.hint
