@@ -1,5 +1,9 @@
 """The canary tells weights apart."""
 
+import math
+
+import pytest
+
 from selfimprove.engine import canary
 
 
