@@ -83,6 +83,12 @@ class TestFiles:
         assert answers(tmp_path, ours, one) == found
         assert [path.name for path in tmp_path.iterdir()] == [f"{one.id}.done"]
 
+    def test_a_question_that_was_left_with_paths_of_another_time_is_asked_with_those_of_now(self, tmp_path):
+        [one] = cut(WORK, ROWS[:20])
+        shard.ask(tmp_path, work("complete", SAMPLING, model="/gone"), one)
+        shard.ask(tmp_path, WORK, one)
+        assert asked(tmp_path, one.id) == (WORK, one)
+
     def test_a_torn_tail_costs_the_row_that_it_tore_and_no_other(self, tmp_path):
         one = Shard("x", ROWS[:50])
         answering = Answering(tmp_path, one)
