@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -265,10 +265,10 @@ def draw_training_keywords(
     return drawn
 
 
-def draw_corpus_keywords(paragraphs: list[str], rng: random.Random) -> list[str]:
-    """Three keywords that occur together in one paragraph."""
+def draw_corpus_keywords(paragraphs: Sequence[Sequence[str]], rng: random.Random) -> list[str]:
+    """Three keywords that occur together in one paragraph, given as its `keywords`."""
     for _ in range(1000):
-        words = keywords(rng.choice(paragraphs))
+        words = rng.choice(paragraphs)
         if len(words) >= 3:
             return rng.sample(words, 3)
     raise UserError("the corpus has hardly a paragraph with three keywords", "give data.corpus longer paragraphs")

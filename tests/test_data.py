@@ -93,4 +93,4 @@ def test_corpus_keywords_share_a_paragraph():
         assert any(drawn <= set(data.keywords(p)) for p in paragraphs)
         assert len(drawn) == 3
     with pytest.raises(UserError):
-        data.draw_corpus_keywords(["no no"], random.Random(0))
+        data.draw_corpus_keywords([data.keywords("no no")], random.Random(0))

@@ -160,13 +160,15 @@ def pooled(values: Sequence[Sequence[float]]) -> Rate | None:
     Both verdicts on a pair are about the same answers: counted as two they would make the interval too narrow.
     """
     per_pair = [some for some in values if some]
-    if not per_pair:
-        return None
-    n, z = len(per_pair), 1.959963984540054
-    share = sum(map(sum, per_pair)) / sum(map(len, per_pair))
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Rate(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    return share(sum(map(sum, per_pair)) / sum(map(len, per_pair)), len(per_pair)) if per_pair else None
+
+
+def share(value: float, n: int) -> Rate:
+    """A mean of values between 0 and 1 over `n` with Wilson's interval."""
+    z = 1.959963984540054
+    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return Rate(value, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
 def plain(found: Any) -> Any:

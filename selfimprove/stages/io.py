@@ -1,7 +1,7 @@
 """What a stage may see and do: its inputs and models by name, the engine, its seeds, and the artifact it writes."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +60,7 @@ class StageIO:
         return row_seed(self.seed, self.iteration, self.stage, row)
 
     def complete(
-        self, what: str, model: Path, asks: Sequence[Ask], n: int, sampling: recipe.Sampling, source: str
+        self, what: str, model: Path, asks: Iterable[Ask], n: int, sampling: recipe.Sampling, source: str
     ) -> list[Generation]:
         """`n` completions of each ask by `model`; an ask too long for the context is quarantined, n rows of it."""
         room = self.engine_section.max_model_len - sampling.max_tokens

@@ -265,5 +265,4 @@ def _candidates(io: StageIO) -> tuple[list[Candidate], dict[str, list[int]]]:
 
 
 def _reasons(io: StageIO) -> str:
-    counts = Counter(row.reason for row in io.out.quarantined)
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+    return ", ".join(f"{reason}: {count}" for reason, count in io.out.quarantined.items())

@@ -51,7 +51,7 @@ def run(io: StageIO, section: recipe.Train) -> None:
     if section.search:
         section = search(io, section, rows)
     policy = io.train("training the policy", [row.pair for row in rows], "start", POLICY, section.optimizer, section)
-    io.out.contract(unit, len(rows), len(rows) - len(io.out.quarantined))
+    io.out.contract(unit, len(rows), len(rows) - io.out.quarantined.total())
     if section.average:
         from selfimprove.training import export  # torch takes seconds to import: plans do without
 
