@@ -65,7 +65,7 @@ def values(array: "pa.Array") -> list[Any]:
             known = array.is_valid().to_numpy(zero_copy_only=False).tolist()
             return [number if valid else None for number, valid in zip(numbers, known, strict=True)]
         return numbers
-    return array.to_pylist()
+    return list(array.to_pylist())
 
 
 def read(path: Path, record: Callable[..., Row], schema: "pa.Schema", skip: int = 0) -> Iterator[Row]:

@@ -1,8 +1,8 @@
 """Which new prompts may not enter: duplicates, exact or near, and what overlaps the evaluation set.
 
 Near duplicates are found with MinHash (Broder 1997) and locality-sensitive hashing (Leskovec, Rajaraman, Ullman: Mining
-of Massive Datasets, section 3.4): memory and time grow with the prompts, not with their pairs. The sketches are those of
-datasketch, made many at a time; sketches.py says where they are kept.
+of Massive Datasets, section 3.4). What is found is what datasketch finds, but many prompts are looked at together, and
+sketches.py keeps little of each in memory.
 """
 
 import hashlib

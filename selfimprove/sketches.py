@@ -1,8 +1,8 @@
 """An index of MinHash sketches that grows by many at a time and stays small.
 
-Of each sketch the bands' hashes (4 bytes a band) and the lowest byte of each value are kept in memory, the sketch itself
-in a file. Two sketches are compared where they share a band, as in datasketch's MinHashLSH. The bytes leave only those
-that are similar enough, by 1/256 too many: of these the file says the rest, so that what is found is exact.
+Of each sketch the bands' hashes (4 bytes a band) and the lowest byte of each value are kept in memory, the sketch
+itself in a file. Two sketches are compared where they share a band, as in datasketch's MinHashLSH. The bytes rule out
+those that cannot be similar enough; of the others the file says the rest, so that what is found is exact.
 """
 
 import tempfile

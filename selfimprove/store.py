@@ -76,9 +76,7 @@ def read_rows(directory: Path, name: str, record: type[Row]) -> list[Row]:
     return list(iter_rows(directory, name, record))
 
 
-def iter_rows(
-    directory: Path, name: str, record: type[Row], start: int = 0, stop: int | None = None
-) -> Iterator[Row]:
+def iter_rows(directory: Path, name: str, record: type[Row], start: int = 0, stop: int | None = None) -> Iterator[Row]:
     """The same, or those from number `start` on and before `stop`, a few thousand in memory at a time.
 
     A shard is looked at as a whole before its first row comes.

@@ -109,6 +109,12 @@ def winner(preference: float | None) -> Winner | None:
     return "tie" if preference == 0.5 else "first" if preference > 0.5 else "second"
 
 
+def kind(row: Row) -> object:
+    """All that `audit` looks at in a row; rows of one kind can stand for each other."""
+    longer = None if row.lengths is None else (row.lengths[0] > row.lengths[1]) - (row.lengths[0] < row.lengths[1])
+    return row.human, winner(row.forward), winner(row.swapped), winner(combine(row.forward, row.swapped)), longer
+
+
 def combine(forward: float | None, swapped: float | None) -> float | None:
     """The mean over both orders, so that a verdict that flips is a tie; None where one is unknown."""
     return None if forward is None or swapped is None else (forward + swapped) / 2

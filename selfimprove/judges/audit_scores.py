@@ -219,7 +219,7 @@ def _orders(prompts: Sequence[str], scores: Iterable[float]) -> list[Winner]:
 
 
 def _by_size(prompts: "Places") -> "Iterator[Places]":
-    """The places of each prompt's answers, prompts with as many answers together: (prompts, answers), some at a time."""
+    """The places of each prompt's answers, those with as many together: (prompts, answers), some at a time."""
     import numpy as np
 
     _, first, sizes = np.unique(prompts, return_index=True, return_counts=True)

@@ -75,10 +75,9 @@ def _new(
 ) -> Iterator[tuple[Generation, str]]:
     """The prompts that may enter, in order; the others are quarantined."""
     texts = [chat.tagged(row.text, "question") for row in written]
-    against = [
-        "unreadable" if text is None or not data.fold(text) else heldout.reason(text) for text in texts
-    ]
-    repeated = iter(seen.admit([text for text, why in zip(texts, against, strict=True) if text and not why], "within the round"))
+    against = ["unreadable" if text is None or not data.fold(text) else heldout.reason(text) for text in texts]
+    left = [text for text, why in zip(texts, against, strict=True) if text and not why]
+    repeated = iter(seen.admit(left, "within the round"))
     for row, text, why in zip(written, texts, against, strict=True):
         if reason := why or next(repeated):
             io.out.quarantine(row.prompt_id, reason, row.text)
