@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from selfimprove import judges
 from selfimprove.chat import Chat
-from selfimprove.engine import Engines
 from selfimprove.errors import UserError
+from selfimprove.execution import Executors
 from selfimprove.judges import Candidate, Opinion, Panel, audit, audit_scores
 from selfimprove.judges.audit import PairAudit, Row
 from selfimprove.judges.audit_scores import ScoreAudit, Scored
@@ -60,17 +60,16 @@ def open_panel(recipe: Recipe, progress: Callable[[str, int, int], None]) -> Ite
     model = locate_model(recipe.model.path)
     names = [name for name in judges.models(label_judge(recipe)) if not name.startswith(SERVER)]
     paths = {name: model if name in RUN else locate_model(name) for name in [*names, "current"]}
-    with TemporaryDirectory() as folder, Engines(Path(folder) / "engine.log") as engines:
+    with TemporaryDirectory() as folder, Executors() as executors:
         panel = Models(
             seed=lambda row: row_seed(recipe.seed, 0, "audit", row),
             engine_section=recipe.engine,
             servers=recipe.servers,
             paths=paths,
             identities={name: model_identity(path) for name, path in paths.items()},
-            open_engine=lambda: engines.get(recipe.engine, recipe.machine, model, Path(folder) / "engine.log"),
-            open_other=lambda path, task: engines.judge(
-                recipe.engine, recipe.machine, path, Path(folder) / "judge.log", task
-            ),
+            executor=executors.get(recipe.machine, Path(folder)),
+            policy=model,
+            logs=Path(folder),
             scratch=Path(folder),
             cache=Path("runs") / "audit",
             account="audit",

@@ -101,7 +101,7 @@ def _go(name: str, chosen: Any, again: str | None, until: str | None, only: str 
     from rich.console import Console
 
     from selfimprove import run as running
-    from selfimprove.engine import Engines
+    from selfimprove.execution import Executors
     from selfimprove.report import terminal
     from selfimprove.status import summary
 
@@ -114,13 +114,13 @@ def _go(name: str, chosen: Any, again: str | None, until: str | None, only: str 
     if again and not found.exists():
         raise UserError(f"run '{name}' has nothing yet that --from could set aside", "leave --from out")
     try:
-        with terminal.Watcher(talk) as watcher, Engines() as engines:
+        with terminal.Watcher(talk) as watcher, Executors() as executors:
             outcome = running.iterate(
                 found,
                 chosen,
                 watcher,
                 sys.argv[1:],
-                engines,
+                executors,
                 selection=selection,
                 tell=lambda sentence: talk.print(sentence, highlight=False, soft_wrap=True),
             )

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from selfimprove import boundary, collected, disk, estimates, receipts, recipe_file
-from selfimprove.engine import Engines
-from selfimprove.engine.protocol import Engine, Task
 from selfimprove.errors import UsageError, UserError
+from selfimprove.execution import Executors
 from selfimprove.interrupts import Interrupts
 from selfimprove.masking import masked_all
 from selfimprove.models import is_hub_id, locate_model
@@ -155,7 +154,7 @@ def iterate(
     chosen: Recipe,
     display: Display,
     command: list[str],
-    engines: Engines,
+    executors: Executors,
     siblings: Sequence[Path] = (),
     selection: Selection = WHOLE,
     tell: Callable[[str], None] = lambda sentence: None,
@@ -167,7 +166,7 @@ def iterate(
         chosen: its recipe.
         display: follows it.
         command: what the user typed, for run.json.
-        engines: those that are open stay so.
+        executors: the workers and engines that are open stay so.
         siblings: directories of other runs; what they have published under the same key is linked, not made again.
         selection: the part of the run that is asked for.
         tell: hears what was set aside.
@@ -213,7 +212,7 @@ def iterate(
                     takes = estimates.estimate(run, chosen, every)[step.directory]
                     disk.check(run.path, takes.disk_bytes, step.directory)
                     run.write_state("running", step.iteration, step.name)
-                    manifest = execute(run, chosen, step, engines, siblings, display, receipt)
+                    manifest = execute(run, chosen, step, executors, siblings, display, receipt)
                 except BaseException as error:
                     mended = disk.told_of(error, run.path, step.directory)
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -238,7 +237,7 @@ def execute(
     run: Run,
     chosen: Recipe,
     step: Step,
-    engines: Engines,
+    executors: Executors,
     siblings: Sequence[Path],
     display: Display,
     receipt: str,
@@ -247,13 +246,6 @@ def execute(
 
     The stage ends early, by KeyboardInterrupt, where whoever works in it finds that the user asked to stop.
     """
-
-    def engine() -> Engine:
-        return engines.get(chosen.engine, chosen.machine, sources.path(INITIAL), run.path / "logs" / "engine.log")
-
-    def other(model: Path, task: Task) -> Any:
-        return engines.judge(chosen.engine, chosen.machine, model, run.path / "logs" / "judge.log", task)
-
     space = disk.watch(run.path, step.directory)
 
     def progress(what: str, done: int, total: int) -> None:
@@ -279,8 +271,9 @@ def execute(
         out=out,
         scratch=run.path / "scratch" / key_of(ingredients)[:32],
         cache=run.path / "cache",
-        open_engine=engine,
-        open_other=other,
+        executor=executors.get(chosen.machine, run.path / "logs"),
+        policy=sources.path(INITIAL),
+        logs=run.path / "logs",
         servers={name: chosen.servers[name] for name in step.servers},
         progress=progress,
     )

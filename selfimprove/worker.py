@@ -15,8 +15,8 @@ import msgspec
 
 from selfimprove import children
 from selfimprove import run as running
-from selfimprove.engine import Engines
 from selfimprove.errors import UserError
+from selfimprove.execution import Executors
 from selfimprove.plan import BASE, Step
 from selfimprove.recipe import Recipe
 from selfimprove.store import Manifest
@@ -50,22 +50,22 @@ class Teller:
         print(f"stopping: {what}", file=sys.stderr)
 
 
-def make(task: Task, engines: Engines, send: Callable[[Reply], None]) -> Ended:
+def make(task: Task, executors: Executors, send: Callable[[Reply], None]) -> Ended:
     """Make a run and say how it ended; the traceback of what is no mistake of the user's goes to the log."""
     began, teller = time.monotonic(), Teller(send)
     try:
         path = Path(task.run)
         chosen = Recipe.model_validate(task.recipe)
         siblings = [Path(sibling) for sibling in task.siblings]
-        running.iterate(running.place(path.parent, path.name), chosen, teller, task.command, engines, siblings)
+        running.iterate(running.place(path.parent, path.name), chosen, teller, task.command, executors, siblings)
     except KeyboardInterrupt:
         return Ended("stopped")
     except UserError as error:
-        engines.close()  # it may be what failed
+        executors.close()  # it may be what failed
         return Ended("failed", time.monotonic() - began, error.message)
     except Exception as error:
         traceback.print_exc()
-        engines.close()  # whatever it was in the middle of
+        executors.close()  # whatever it was in the middle of
         return Ended("failed", time.monotonic() - began, f"{type(error).__name__}: {error}".splitlines()[0])
     return Ended("done", time.monotonic() - began, scores=teller.scores)
 
@@ -78,13 +78,13 @@ def main(descriptor: int, driver: int, log: str) -> None:
     def send(reply: Reply) -> None:
         connection.send_bytes(msgspec.msgpack.encode(reply))
 
-    with Engines(Path(log)) as engines:
+    with Executors(Path(log)) as executors:
         while True:
             try:
                 task = msgspec.msgpack.decode(connection.recv_bytes(), type=Task)
             except (EOFError, KeyboardInterrupt):
                 return
-            send(make(task, engines, send))
+            send(make(task, executors, send))
 
 
 if __name__ == "__main__":

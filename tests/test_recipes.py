@@ -14,7 +14,7 @@ import safetensors.torch
 from selfimprove import preflight, recipe, recipe_file, records, store
 from selfimprove import run as running
 from selfimprove.data import SHIPPED, read_seeds
-from selfimprove.engine import Engines
+from selfimprove.execution import Executors
 from selfimprove.stages import discriminate, evaluate, label
 from tests.paths import ROOT
 
@@ -146,8 +146,8 @@ def made(tmp_path_factory) -> Iterator[Callable[..., Made]]:
         if key not in known:
             folder = tmp_path_factory.mktemp(name)
             chosen = miniature(name, folder, changes or {})
-            with Engines() as engines:
-                running.iterate(store.Run(folder / "run"), chosen, Quiet(), [], engines)
+            with Executors() as executors:
+                running.iterate(store.Run(folder / "run"), chosen, Quiet(), [], executors)
             known[key] = Made(folder / "run", chosen)
         return known[key]
 

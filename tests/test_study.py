@@ -13,8 +13,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from selfimprove import recipe_file, store, study
-from selfimprove.engine import Engines
 from selfimprove.errors import UserError
+from selfimprove.execution import Executors
 from selfimprove.run import adopt, iterate
 from tests.conftest import cut, selfimprove
 from tests.test_run import contents, keys, program
@@ -88,8 +88,8 @@ class TestPerform:
 
         # an ordinary run of the same recipe and seed is the same, byte for byte
         chosen = recipe_file.load(Path("runs/tiny-clean-soft-s1/recipe.toml"))
-        with Engines() as engines:
-            iterate(store.Run(Path("runs/alone")), chosen, Silent(), [], engines)
+        with Executors() as executors:
+            iterate(store.Run(Path("runs/alone")), chosen, Silent(), [], executors)
         assert keys(Path("runs/alone")) == keys(Path("runs/tiny-clean-soft-s1"))
         assert contents(Path("runs/alone")) == contents(Path("runs/tiny-clean-soft-s1"))
 

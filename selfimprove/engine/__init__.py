@@ -85,6 +85,10 @@ class Engines:
         self._prepare(held, log)
         return held.model
 
+    def sleep(self) -> None:
+        """Let all that are open give the device's memory back."""
+        self._sleep_but(None)
+
     def close(self) -> None:
         """End all that are open."""
         for held in (*([self._policy] if self._policy else []), *self._judges):
@@ -99,6 +103,9 @@ class Engines:
                 self._judges.remove(held)
         else:
             chosen.run = log.parent
+        self._sleep_but(chosen)
+
+    def _sleep_but(self, chosen: _Open | None) -> None:
         for held in (*([self._policy] if self._policy else []), *self._judges):
             if held is not chosen:
                 held.model.sleep()  # a no-op on CPU

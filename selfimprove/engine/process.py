@@ -13,12 +13,12 @@ import msgspec
 
 from selfimprove import children, interrupts
 from selfimprove.engine import messages
-from selfimprove.engine.protocol import Finished, Options
+from selfimprove.engine.protocol import EngineDied, Finished, Options
 from selfimprove.errors import UserError
 
 R = TypeVar("R")
 TICK = 0.2  # seconds between looks at what else there is to do
-DEATHS = 2  # of engines, one after the other, without one new row between them: then it is no accident
+DEATHS = 2  # of engines while they start, one after the other: then it is no accident
 LAST_LINES = 5  # of an engine's log that are quoted
 
 
@@ -33,8 +33,17 @@ class HostGone(HostError):
     """The host process died, or hung and was killed: another one may do better."""
 
 
+def died(log: Path, error: HostError) -> EngineDied:
+    """What is raised when a call failed; whoever asked decides whether another engine is to try."""
+    note(log, f"the engine is started again when it is asked again: {error.message}")
+    return EngineDied(
+        f"the engine failed: {error.message}{last_words(log)}",
+        f"what was finished is kept; the engine's log is {log}; then selfimprove resume RUN",
+    )
+
+
 class Lives:
-    """Whether an engine that failed is to be started again.
+    """Whether an engine that died while it started is to be started again.
 
     Args:
         log: file that takes the host's output.
@@ -44,20 +53,12 @@ class Lives:
         self._log = log
         self._deaths = 0
 
-    def lost(self, error: HostError, advanced: bool) -> None:
-        """Count a failure; `advanced` = a row was finished since the one before.
-
-        Raises:
-            UserError: DEATHS in a row without a new row.
-        """
-        self._deaths = 1 if advanced else self._deaths + 1
-        if self._deaths >= DEATHS:
-            raise UserError(
-                f"the engine failed {self._deaths} times without finishing one more row: {error.message}"
-                f"{last_words(self._log)}",
-                f"what was finished is kept; the engine's log is {self._log}; then selfimprove resume RUN",
-            ) from None
-        note(self._log, f"the engine is started again: {error.message}")
+    def left(self, error: HostError) -> bool:
+        """Count a death; whether another start may do better."""
+        self._deaths += 1
+        if self._deaths < DEATHS:
+            note(self._log, f"the engine is started again: {error.message}")
+        return self._deaths < DEATHS
 
 
 def note(log: Path, sentence: str) -> None:

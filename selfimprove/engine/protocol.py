@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from selfimprove.errors import UserError
+
 
 class Request(msgspec.Struct, frozen=True):
     """`n` completions of one prompt; completion k is sampled with seed + k."""
@@ -59,6 +61,13 @@ class Comparison(NamedTuple):
     cut: int
 
 
+class EngineDied(UserError):
+    """A process died or hung in the middle of a call.
+
+    What was told before counts, and the next call starts another one.
+    """
+
+
 class Engine(Protocol):
     """One inference engine for a whole run; weights are swapped, the engine stays."""
 
@@ -70,11 +79,16 @@ class Engine(Protocol):
 
         Raises:
             KeyboardInterrupt: the user asked to stop (interrupts.asked); what was begun is finished and was told.
-            UserError: the engine failed, and failed again when it was started anew.
+            EngineDied: in the middle.
+            UserError: the engine cannot serve.
         """
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of each token given those before it; the first token has none, so a list is one shorter."""
+        """Log-probability of each token given those before it; the first token has none, so a list is one shorter.
+
+        Raises:
+            EngineDied: in the middle.
+        """
 
     def sleep(self) -> None:
         """Give the device's memory back until the next `swap` (a no-op on CPU)."""

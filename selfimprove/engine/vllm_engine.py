@@ -1,4 +1,4 @@
-"""Real vLLM that writes: swap with a canary, rebuild on any failure, ask again for what a dead engine left."""
+"""Real vLLM that writes: swap with a canary, rebuild on any failure."""
 
 import gc
 from collections.abc import Sequence
@@ -9,9 +9,8 @@ import torch
 
 from selfimprove import interrupts
 from selfimprove.engine import canary, device_memory, messages
-from selfimprove.engine.process import HostError, HostGone, HostProcess, Lives, cannot_serve, note
-from selfimprove.engine.protocol import Completion, Finished, Options, Request, Sampling
-from selfimprove.errors import UserError
+from selfimprove.engine.process import HostError, HostGone, HostProcess, Lives, cannot_serve, died, note
+from selfimprove.engine.protocol import Completion, EngineDied, Finished, Options, Request, Sampling
 
 R = TypeVar("R")
 
@@ -65,37 +64,29 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
         """See protocol.Engine."""
         answers: dict[int, list[Completion]] = {}
-        lives, had = Lives(self.log), -1
-        while len(answers) < len(requests):
-            missing = [i for i in range(len(requests)) if i not in answers]
 
-            def take(number: int, completions: list[Completion], missing: list[int] = missing) -> None:
-                answers[missing[number]] = completions
-                finished(missing[number], completions)
+        def take(number: int, completions: list[Completion]) -> None:
+            answers[number] = completions
+            finished(number, completions)
 
-            try:
-                self._finish_start()
+        try:
+            self._finish_start()
+            interrupts.check()
+            self._call(messages.Generate(list(requests), sampling), messages.Done, take)
+            if len(answers) < len(requests):
                 interrupts.check()
-                self._call(messages.Generate([requests[i] for i in missing], sampling), messages.Done, take)
-                if len(answers) < len(requests):
-                    interrupts.check()
-                    raise HostError(f"{len(requests) - len(answers)} requests were not answered")
-            except HostError as error:
-                lives.lost(error, had != len(answers))
-                had = len(answers)
-                self.close()
+                raise HostError(f"{len(requests) - len(answers)} requests were not answered")
+        except HostError as error:
+            raise self._died(error) from None
         return [answers[i] for i in range(len(requests))]
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See protocol.Engine."""
-        lives = Lives(self.log)
-        while True:
-            try:
-                self._finish_start()
-                return self._call(messages.Score([list(s) for s in sequences]), messages.Logprobs).logprobs
-            except HostError as error:
-                lives.lost(error, False)
-                self.close()
+        try:
+            self._finish_start()
+            return self._call(messages.Score([list(s) for s in sequences]), messages.Logprobs).logprobs
+        except HostError as error:
+            raise self._died(error) from None
 
     def sleep(self) -> None:
         """See protocol.Engine; the next `swap` wakes the engine and loads its weights again."""
@@ -113,6 +104,10 @@ class VllmEngine:
         self._host.close()
         self._served = self._starting = None
         self._down = True
+
+    def _died(self, error: HostError) -> EngineDied:
+        self.close()
+        return died(self.log, error)
 
     def _start(self, model: Path) -> None:
         self.starts += 1
@@ -141,12 +136,9 @@ class VllmEngine:
                     self._known[model] = canary.Canary(ids, self._call(messages.Score(ids), messages.Logprobs).logprobs)
                 self._served = model
             except HostGone as error:
-                try:
-                    lives.lost(error, False)
-                except UserError:
-                    self.close()
-                    raise cannot_serve(model, error, self.log) from None
                 self.close()
+                if not lives.left(error):
+                    raise cannot_serve(model, error, self.log) from None
                 self._start(model)
             except HostError as error:
                 self.close()

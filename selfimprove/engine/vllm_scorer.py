@@ -7,7 +7,7 @@ import torch
 
 from selfimprove import interrupts
 from selfimprove.engine import messages
-from selfimprove.engine.process import HostError, HostProcess, Lives, cannot_serve
+from selfimprove.engine.process import HostError, HostProcess, cannot_serve, died
 from selfimprove.engine.protocol import Options
 
 ROWS = 512  # of one call: many steps of the engine, and seldom enough to be heard of
@@ -32,10 +32,10 @@ class VllmScorer:
 
         Raises:
             KeyboardInterrupt: the user asked to stop; what was begun is finished and was told.
-            UserError: vLLM cannot serve the model, or the host process failed again when it was started anew.
+            EngineDied: in the middle.
+            UserError: vLLM cannot serve the model.
         """
         found: list[float] = []
-        lives, had = Lives(self._host.log), -1
         while len(found) < len(sequences):
             rows = [list(ids) for ids in sequences[len(found) : len(found) + ROWS]]
             try:
@@ -44,10 +44,8 @@ class VllmScorer:
                 self._wake()
                 rewards = self._host.call(messages.Reward(rows), messages.Rewards).rewards
             except HostError as error:
-                lives.lost(error, had != len(found))
-                had = len(found)
                 self._restart()
-                continue
+                raise died(self._host.log, error) from None
             for reward in rewards:
                 finished(len(found), reward)
                 found.append(reward)

@@ -2,20 +2,20 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from selfimprove import interrupts, recipe
+from selfimprove import recipe
 from selfimprove.chat import Chat, is_unicode
 from selfimprove.engine.checkpoints import context_length
-from selfimprove.engine.protocol import Completion, Engine, Request, Sampling, Task
+from selfimprove.engine.protocol import Request, Sampling
+from selfimprove.execution import Executor, Lost, Work, ask
+from selfimprove.execution.shard import Task
 from selfimprove.judges import local
-from selfimprove.judges.journal import Journal, request_key
+from selfimprove.judges.journal import Journal
 from selfimprove.judges.protocol import SERVER, Opinion, Question, Replies
 from selfimprove.judges.scorers import TOO_LONG
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 RUN = frozenset({"current", "initial"})  # policies of the run, of one shape
 NOT_UNICODE = "not valid unicode"
-SCORED = 256  # rows of one call that scores
-R = TypeVar("R", bound=tuple[str, ...])
 
 
 @dataclass
@@ -42,8 +40,9 @@ class Models:
     servers: Mapping[str, recipe.Server]
     paths: Mapping[str, Path]  # of local models, by the names that judges use
     identities: Mapping[str, str]  # of the same
-    open_engine: Callable[[], Engine]  # the run's, for its policies
-    open_other: Callable[[Path, Task], Any]  # an engine of another model's own
+    executor: Executor
+    policy: Path  # whose engine serves the policies of the run
+    logs: Path
     scratch: Path
     cache: Path
     account: str  # under which servers' prices are counted towards their ceilings
@@ -82,15 +81,10 @@ class Models:
                 numbers.append(i)
                 requests.append(Request(ids, n, seed))
         sampling = Sampling(temperature, 1.0, max_tokens, chat.stop_token_ids)
-        answers = remembered(
-            self.journal,
-            lambda: self._engine(model),
-            self._identity(model),
-            requests,
-            sampling,
-            lambda done, total: self.progress("judging", done, total),
-        )
-        for i, completions in zip(numbers, answers, strict=True):
+        for i, completions in zip(numbers, self._answers("complete", model, requests, sampling), strict=True):
+            if isinstance(completions, Lost):
+                replies[i] = Replies((), completions.reason)
+                continue
             replies[i] = Replies(tuple(chat.text(completion.token_ids) for completion in completions))
             self.tokens += sum(len(completion.token_ids) for completion in completions)
         return replies
@@ -121,55 +115,43 @@ class Models:
         """See protocol.Panel."""
         chat, limit = self._chat(model)
         pieces = [(chat.prompt_ids(text), ids) if is_unicode(text) else ([], []) for text, ids in rows]
-        return score(self.journal, lambda: self._engine(model), self._identity(model), pieces, limit)
+        return score(lambda sequences: self._answers("score", model, sequences), pieces, limit)
 
     def rewards(self, model: str, rows: Sequence[tuple[str, str]]) -> list[float | None]:
         """See protocol.Panel."""
-
-        def score_rows(missing: Sequence[tuple[str, str]], put: Callable[[int, float | None], None]) -> None:
-            chat, limit = self._chat(model)
-            local.rewards(self.open_other(self.paths[model], "reward"), chat, missing, limit, put)
-
-        return self._numbers("reward", model, rows, score_rows)
+        chat, limit = self._chat(model)
+        numbers, sequences = local.sequences(chat, rows, limit)
+        found: list[float | None] = [None] * len(rows)
+        for i, reward in zip(numbers, self._answers("reward", model, sequences), strict=True):
+            found[i] = None if isinstance(reward, Lost) else local.finite(reward)
+        return found
 
     def compare(self, model: str, rows: Sequence[tuple[str, str, str]]) -> list[float | None]:
         """See protocol.Panel."""
+        numbers = [i for i, row in enumerate(rows) if all(map(is_unicode, row))]
+        found: list[float | None] = [None] * len(rows)
+        compared = self._answers("compare", model, [tuple(rows[i]) for i in numbers])
+        for i, comparison in zip(numbers, compared, strict=True):
+            if not isinstance(comparison, Lost):
+                found[i] = local.finite(comparison.logit)
+                self.cut += comparison.cut > 0
+        return found
 
-        def score_rows(missing: Sequence[tuple[str, str, str]], put: Callable[[int, float | None], None]) -> None:
-            ranker = self.open_other(self.paths[model], "compare")
-            self.cut += local.compare(ranker, missing, lambda i, one: put(i, one.logit)).truncated
-
-        return self._numbers("compare", model, rows, score_rows)
-
-    def _numbers(
-        self,
-        what: str,
-        model: str,
-        rows: Sequence[R],
-        score_rows: Callable[[Sequence[R], Callable[[int, float | None], None]], None],
-    ) -> list[float | None]:
-        """A number for each row, those in the journal not asked for again; None where the model gave none."""
-        readable = [row if all(is_unicode(text) for text in row) else None for row in rows]
-        keys = [request_key({"what": what, "model": self._identity(model), "row": row}) for row in readable]
-        known = self.journal.get(keys)
-        found: dict[str, float | None] = {key: float(value) for key, value in known.items()}
-        missing = [i for i, row in enumerate(readable) if row is not None and keys[i] not in found]
-
-        def put(number: int, value: float | None) -> None:
-            key = keys[missing[number]]
-            if value is not None and math.isfinite(value):
-                found[key] = value
-                self.journal.put(key, repr(value).encode())
-            self.progress("judging", len(found), len(rows))
-
-        if missing:
-            score_rows([rows[i] for i in missing], put)
-        return [found.get(key) for key in keys]
-
-    @cached_property
-    def journal(self) -> Journal:
-        """What local models have answered in this stage."""
-        return Journal(self.scratch / "answers.sqlite")
+    def _answers(self, task: Task, model: str, rows: Sequence[Any], sampling: Sampling | None = None) -> Iterator[Any]:
+        """A model's answer to each row; asked for only where a killed process has not left it."""
+        work = Work(
+            task=task,
+            model=str(self.paths[model]),
+            identity=self.identities[model],
+            engine=self.engine_section.model_dump(mode="json"),
+            policy=str(self.policy) if model in RUN else None,
+            logs=str(self.logs),
+            sampling=sampling,
+        )
+        total = len(rows)
+        return ask(
+            self.executor, self.scratch / "shards", work, rows, lambda done: self.progress("judging", done, total)
+        )
 
     def _server(self, model: str) -> "Client":
         from selfimprove.judges.server import Client
@@ -189,15 +171,6 @@ class Models:
         """What each server was asked and what it cost."""
         return {name: client.spent for name, client in self._clients.items()}
 
-    def _identity(self, model: str) -> str:
-        return f"{self.identities[model]}/{self.engine_section.model_dump_json()}"
-
-    def _engine(self, model: str) -> Engine:
-        path = self.paths[model]
-        engine: Engine = self.open_engine() if model in RUN else self.open_other(path, "generate")
-        engine.swap(path)
-        return engine
-
     def _chat(self, model: str) -> tuple[Chat, int]:
         """A model's chat, and the tokens that its context holds."""
         path = self.paths[model]
@@ -211,65 +184,19 @@ class Models:
         return {}
 
 
-def remembered(
-    journal: Journal,
-    open_engine: Callable[[], Engine],
-    identity: str,
-    requests: Sequence[Request],
-    sampling: Sampling,
-    progress: Callable[[int, int], None],
-) -> list[list[Completion]]:
-    """What an engine answers; each request goes into the journal as it ends, and what is there is not asked again.
-
-    The engine is opened only where something is left to ask.
-    """
-    sampled = msgspec.to_builtins(sampling)
-    keys = [request_key({"model": identity, "request": msgspec.to_builtins(r), "sampling": sampled}) for r in requests]
-    known = journal.get(keys)
-    missing = [i for i, key in enumerate(keys) if key not in known]
-    found = {i: msgspec.msgpack.decode(known[key], type=list[Completion]) for i, key in enumerate(keys) if key in known}
-
-    def finished(number: int, completions: list[Completion]) -> None:
-        found[missing[number]] = completions
-        journal.put(keys[missing[number]], msgspec.msgpack.encode(completions))
-        progress(len(found), len(requests))
-
-    if not missing:
-        progress(len(found), len(requests))
-    else:  # the first that ends says so: an engine that is still starting would spoil the rate
-        open_engine().generate([requests[i] for i in missing], sampling, finished)
-    return [found[i] for i in range(len(requests))]
-
-
 def score(
-    journal: Journal,
-    open_engine: Callable[[], Engine],
-    identity: str,
+    answers: Callable[[Sequence[Sequence[int]]], Iterable[list[float] | Lost]],
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     limit: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[float] | None]:
     """Log-probability of each token of an answer, given its prompt and what stands before it.
 
-    None for an empty answer, and where the context is too small: an engine scores a sequence only where one token more
-    would fit. Rows go to the engine in parts of SCORED, and a part into the journal whole: a killed run asks in the
-    same parts again, since what else is in a batch may move the last bits of a number.
+    None for an empty answer, for one that ends the engine, and where the context is too small: an engine scores a
+    sequence only where one token more would fit.
     """
     fitting = [i for i, (prompt, ids) in enumerate(rows) if ids and len(prompt) + len(ids) < limit]
-    asked = {i: [*rows[i][0], *rows[i][1]] for i in fitting}
-    keys = {i: request_key({"model": identity, "score": ids}) for i, ids in asked.items()}
-    known = journal.get(list(keys.values()))
     found: list[list[float] | None] = [None] * len(rows)
-    for start in range(0, len(fitting), SCORED):
-        part = fitting[start : start + SCORED]
-        if any(keys[i] not in known for i in part):
-            interrupts.check()
-            scored = open_engine().prompt_logprobs([asked[i] for i in part])
-            new = {keys[i]: msgspec.msgpack.encode(one) for i, one in zip(part, scored, strict=True)}
-            new = {key: value for key, value in new.items() if key not in known}
-            journal.put_all(new)
-            known |= new
-        for i in part:
-            found[i] = msgspec.msgpack.decode(known[keys[i]], type=list[float])[len(rows[i][0]) - 1 :]
-        progress(start + len(part), len(fitting))
+    scored = answers([[*rows[i][0], *rows[i][1]] for i in fitting])
+    for i, one in zip(fitting, scored, strict=True):
+        found[i] = None if isinstance(one, Lost) else one[len(rows[i][0]) - 1 :]
     return found

@@ -106,7 +106,7 @@ def _answers(
             asked = chat.render(ASKED[benchmark.kind], {"question": text}) if benchmark.kind in ASKED else text
             asks.append(Ask(question.prompt_id, asked, turn, (), tuple(earlier)))
         what = f"{benchmark.name} (turn {turn + 1})" if turn else benchmark.name
-        rows = io.complete(what, io.models["policy"], asks, 1, sampling, benchmark.name)
+        rows = list(io.complete(what, io.models["policy"], asks, 1, sampling, benchmark.name))
         for row in rows:
             turns = [Message(role="user", content=row.prompt), Message(role="assistant", content=row.text)]
             dialogues[row.prompt_id] += turns

@@ -100,7 +100,7 @@ def _answered(io: StageIO, section: recipe.Evaluate, split: str, heldout: list[H
     samples: list[Sample] = []
     for mode, n, temperature in ((GREEDY, 1, 0.0), (SAMPLED, section.n, section.temperature)):
         sampling = recipe.Sampling(temperature=temperature, max_tokens=section.max_tokens)
-        rows = io.complete(f"{prefix}answers ({mode})", policy, asks, n, sampling, mode)
+        rows = list(io.complete(f"{prefix}answers ({mode})", policy, asks, n, sampling, mode))
         candidates = [
             Candidate(r.prompt_id, r.prompt, mode, r.sample, r.text, r.token_ids, r.finish_reason, answers[r.prompt_id])
             for r in rows

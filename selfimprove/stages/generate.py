@@ -83,7 +83,7 @@ def _spliced(io: StageIO, section: recipe.Generate, longest: int, seeds: Sequenc
             asks.append(Ask(seed.prompt_id, seed.prompt, k, gold[:at]))
     # a shorter segment is the beginning of a longer one, so that one call serves golds of all lengths
     sampling = section.sampling.model_copy(update={"max_tokens": longest})
-    written = io.complete("writing segments", io.models["current"], asks, 1, sampling, "current")
+    written = list(io.complete("writing segments", io.models["current"], asks, 1, sampling, "current"))
     answers = []
     for row in written:
         gold = golds[row.prompt_id]

@@ -29,7 +29,7 @@ def run(io: StageIO, section: recipe.Improve) -> None:
     first = [] if distilled else [Ask(seed.prompt_id, seed.prompt) for seed in seeds]
     own = []
     if first:
-        own = io.complete("answering the seeds", io.models["current"], first, 1, section.sampling, "seed answer")
+        own = list(io.complete("answering the seeds", io.models["current"], first, 1, section.sampling, "seed answer"))
     improver = distil(io, section, seeds) if distilled else train_improver(io, section, seeds, own)
 
     drafts = [

@@ -1,17 +1,18 @@
 """What a stage may see and do: its inputs and models by name, the engine, its seeds, and the artifact it writes."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from selfimprove import recipe
 from selfimprove.chat import Chat
-from selfimprove.engine.protocol import Engine, Request, Sampling, Task
+from selfimprove.engine.protocol import Request, Sampling
+from selfimprove.execution import Executor, Lost, Work, ask
 from selfimprove.judges import Opinion
-from selfimprove.judges.panel import Models, remembered, score
+from selfimprove.judges.panel import Models, score
 from selfimprove.records import Generation, Message, Verdict
 from selfimprove.store import Artifact, model_identity, read_rows, row_seed
 from selfimprove.training.job import Job, PairRow, Weights
@@ -45,8 +46,9 @@ class StageIO:
     out: Artifact
     scratch: Path  # of this very artifact; what a killed process left there is this artifact's and no other's
     cache: Path  # reference log-probs of the run, by content
-    open_engine: Callable[[], Engine]
-    open_other: Callable[[Path, Task], Any]  # an engine of another model's own
+    executor: Executor
+    policy: Path  # the run's first; its engine takes the weights of all others
+    logs: Path
     servers: Mapping[str, recipe.Server]
     progress: Callable[[str, int, int], None]  # what, done, total
 
@@ -61,55 +63,80 @@ class StageIO:
 
     def complete(
         self, what: str, model: Path, asks: Iterable[Ask], n: int, sampling: recipe.Sampling, source: str
-    ) -> list[Generation]:
-        """`n` completions of each ask by `model`; an ask too long for the context is quarantined, n rows of it."""
-        room = self.engine_section.max_model_len - sampling.max_tokens
-        asked, requests = [], []
-        for ask in asks:
-            ids = [*self.chat.prompt_ids(ask.text, ask.earlier), *ask.given]
-            if len(ids) > room:
-                for k in range(n):
-                    row = f"{ask.prompt_id}/{source}/{ask.sample + k}"
-                    self.out.quarantine(row, "prompt too long for the context", f"{len(ids)} tokens, room for {room}")
+    ) -> Iterator[Generation]:
+        """`n` completions of each ask by `model`, as they come, in the order of the asks.
+
+        An ask that is too long for the context, or ends the engine, is quarantined, n rows of it.
+        """
+        policy = self._identity(model)
+        total = len(asks) if isinstance(asks, Sized) else 0
+        waiting: deque[tuple[Ask, Request]] = deque()
+        answers = ask(
+            self.executor,
+            self.scratch / "shards",
+            self._work("complete", model, self._sampling(sampling)),
+            self._requests(asks, n, sampling.max_tokens, source, waiting),
+            lambda done: self.progress(what, done, max(total, done)),
+        )
+        for completions in answers:
+            asked, request = waiting.popleft()
+            if isinstance(completions, Lost):
+                self._leave_out(asked, n, source, completions.reason)
                 continue
-            seed = self.row_seed(f"{source}/{ask.prompt_id}/{ask.sample}")
-            asked.append(ask)
-            requests.append(Request(ids, n, seed))
-        parameters = Sampling(
+            for k, completion in enumerate(completions):
+                self.out.tokens += len(completion.token_ids)
+                yield Generation(
+                    prompt_id=asked.prompt_id,
+                    prompt=asked.text,
+                    source=source,
+                    sample=asked.sample + k,
+                    text=self.chat.text(completion.token_ids),
+                    prompt_token_ids=request.prompt_token_ids,
+                    token_ids=completion.token_ids,
+                    logprobs=completion.logprobs,
+                    finish_reason=completion.finish_reason,
+                    policy=policy,
+                    seed=request.seed + k,
+                )
+
+    def _requests(
+        self, asks: Iterable[Ask], n: int, max_tokens: int, source: str, waiting: deque[tuple[Ask, Request]]
+    ) -> Iterator[Request]:
+        """What an engine is asked; `waiting` says for whom."""
+        room = self.engine_section.max_model_len - max_tokens
+        for one in asks:
+            ids = [*self.chat.prompt_ids(one.text, one.earlier), *one.given]
+            if len(ids) > room:
+                too_long = f"{len(ids)} tokens, room for {room}"
+                self._leave_out(one, n, source, "prompt too long for the context", too_long)
+                continue
+            request = Request(ids, n, self.row_seed(f"{source}/{one.prompt_id}/{one.sample}"))
+            waiting.append((one, request))
+            yield request
+
+    def _leave_out(self, one: Ask, n: int, source: str, reason: str, detail: str = "") -> None:
+        for k in range(n):
+            self.out.quarantine(f"{one.prompt_id}/{source}/{one.sample + k}", reason, detail)
+
+    def _sampling(self, sampling: recipe.Sampling) -> Sampling:
+        return Sampling(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop_token_ids=self.chat.stop_token_ids,
             stop=sampling.stop,
         )
-        policy = self._identity(model)
-        answers = remembered(
-            self.judging.journal,
-            lambda: self._serving(model),
-            f"{policy}/{self.engine_section.model_dump_json()}",
-            requests,
-            parameters,
-            lambda done, total: self.progress(what, done, total),
+
+    def _work(self, task: Literal["complete", "score"], model: Path, sampling: Sampling | None = None) -> Work:
+        return Work(
+            task=task,
+            model=str(model),
+            identity=self._identity(model),
+            engine=self.engine_section.model_dump(mode="json"),
+            policy=str(self.policy),
+            logs=str(self.logs),
+            sampling=sampling,
         )
-        rows = [
-            Generation(
-                prompt_id=ask.prompt_id,
-                prompt=ask.text,
-                source=source,
-                sample=ask.sample + k,
-                text=self.chat.text(completion.token_ids),
-                prompt_token_ids=request.prompt_token_ids,
-                token_ids=completion.token_ids,
-                logprobs=completion.logprobs,
-                finish_reason=completion.finish_reason,
-                policy=policy,
-                seed=request.seed + k,
-            )
-            for ask, request, completions in zip(asked, requests, answers, strict=True)
-            for k, completion in enumerate(completions)
-        ]
-        self.out.tokens += sum(len(row.token_ids) for row in rows)
-        return rows
 
     @cached_property
     def judging(self) -> Models:
@@ -124,8 +151,9 @@ class StageIO:
             servers=self.servers,
             paths=self.models,
             identities=self.identities,
-            open_engine=self.open_engine,
-            open_other=self.open_other,
+            executor=self.executor,
+            policy=self.policy,
+            logs=self.logs,
             scratch=self.scratch,
             cache=self.cache,
             account=self.scratch.name,
@@ -143,18 +171,12 @@ class StageIO:
 
     def score(self, model: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float] | None]:
         """Log-probability under `model` of each token of an answer; see judges.panel.score."""
+        work = self._work("score", model)
         return score(
-            self.judging.journal,
-            lambda: self._serving(model),
-            f"{self._identity(model)}/{self.engine_section.model_dump_json()}",
+            lambda sequences: ask(self.executor, self.scratch / "shards", work, sequences),
             rows,
             self.engine_section.max_model_len,
         )
-
-    def _serving(self, model: Path) -> Engine:
-        engine = self.open_engine()
-        engine.swap(model)
-        return engine
 
     def _identity(self, model: Path) -> str:
         known = {path: self.identities[name] for name, path in self.models.items()}
@@ -232,10 +254,10 @@ class StageIO:
         return job.out
 
     def free_device(self) -> None:
-        """Let the engine give the device's memory back, and wait until it has; its process keeps a little."""
+        """Let the engines give the device's memory back, and wait until they have; their processes keep a little."""
         from selfimprove.engine import device_memory
 
-        self.open_engine().sleep()
+        self.executor.sleep(self._work("complete", self.policy))
         device_memory.settle(self.machine.gpu_memory_utilization - device_memory.SLEEPERS)
 
     def _weights(self, name: str) -> Weights:

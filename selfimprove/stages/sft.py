@@ -26,7 +26,7 @@ def run(io: StageIO, section: recipe.Sft) -> None:
 
 def _ratings(io: StageIO, section: recipe.Sft, seeds: list[Seed]) -> list[PairRow]:
     asks = [Ask(seed.prompt_id, seed.prompt) for seed in seeds]
-    own = io.complete("answering the seeds", io.models["initial"], asks, 1, section.sampling, "seed answer")
+    own = list(io.complete("answering the seeds", io.models["initial"], asks, 1, section.sampling, "seed answer"))
     golds = {seed.prompt_id: seed.completion for seed in seeds}
     rated = [(f"{seed.prompt_id}/rated gold", seed.prompt, seed.completion, 5) for seed in seeds]
     for row in own:

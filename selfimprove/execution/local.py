@@ -1,0 +1,269 @@
+"""Several workers on this machine: a process each, on a GPU or a group of GPUs of its own, or on a CPU."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import msgspec
+
+from selfimprove import children, interrupts, recipe
+from selfimprove.errors import UserError
+from selfimprove.execution import messages
+from selfimprove.execution.hunt import Hunt
+from selfimprove.execution.shard import POISONED, Answering, Lost, Shard, Work, ask
+
+TICK = 0.2  # seconds between looks at what else there is to do
+STARTS = 3  # of a worker that answers nothing
+GRACE = 60.0  # seconds that a worker may be silent beyond an engine's own patience
+
+
+@dataclass
+class _Job:
+    """A shard on a worker."""
+
+    shard: Shard
+    hunt: Hunt
+    rows: list[int]  # that the worker was given
+
+
+class _Worker:
+    """A worker process; starts at once.
+
+    Args:
+        number: of the worker, from 0.
+        machine: how engines are built.
+        log: takes its output and its engines'.
+        devices: of it, as CUDA_VISIBLE_DEVICES names them; None = all, or a CPU.
+    """
+
+    def __init__(self, number: int, machine: recipe.Machine, log: Path, devices: str | None) -> None:
+        self.number, self.log = number, log
+        self._machine, self._devices = machine, devices
+        self.job: _Job | None = None
+        self.silent_starts = 0  # since it last answered
+        self._start()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        environment = dict(os.environ)
+        if self._devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self._devices
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as file, theirs:
+            command = [sys.executable, "-m", "selfimprove.execution.worker", str(theirs.fileno()), str(os.getpid())]
+            self.process: subprocess.Popen[bytes] = children.start(
+                [*command, self._machine.model_dump_json(), str(self.log)],
+                pass_fds=[theirs.fileno()],
+                stdin=children.NOTHING,
+                stdout=file,
+                stderr=file,
+                env=environment,
+            )
+        self.connection = Connection(ours.detach())
+        self.heard = time.monotonic()
+
+    def send(self, call: messages.Call) -> None:
+        """Say something; a worker that is gone is noticed by who listens."""
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(msgspec.msgpack.encode(call))
+        self.heard = time.monotonic()
+
+    def restart(self) -> None:
+        """Start it anew, where it died or hangs.
+
+        Raises:
+            UserError: it does not come up.
+        """
+        self.close()
+        self.silent_starts += 1
+        if self.silent_starts >= STARTS:
+            raise UserError(
+                f"worker {self.number} ended {self.silent_starts} times without an answer "
+                f"(the last time with code {self.process.returncode})",
+                f"what was finished is kept; its output is {self.log}; then selfimprove resume RUN",
+            )
+        self._start()
+
+    def close(self) -> None:
+        """End it and what it started."""
+        self.connection.close()
+        children.end(self.process)
+
+
+class Local:
+    """See protocol.Executor; the workers start when there is work for them.
+
+    Args:
+        machine: how many, and how engines are built.
+        logs: folder for their logs.
+    """
+
+    def __init__(self, machine: recipe.Machine, logs: Path) -> None:
+        self._machine, self._logs = machine, logs
+        self._workers: list[_Worker] = []
+
+    def map_shards(
+        self, folder: Path, work: Work, shards: Iterable[Shard], heard: Callable[[str, int], None]
+    ) -> Iterator[str]:
+        """See protocol.Executor."""
+        iterator = iter(shards)
+        again: list[_Job] = []  # portions of shards on which a worker died
+        stop = interrupts.Stop("the workers finish the answers that they have begun")
+        stopped = False
+        try:
+            while True:
+                if stop.due():
+                    stopped = True
+                    for worker in self._busy():
+                        worker.send(messages.Stop())
+                if not stopped:
+                    self._give(iterator, again, folder, work)
+                if not (busy := self._busy()):
+                    break
+                ready = wait([worker.connection for worker in busy], TICK)
+                for worker in busy:
+                    if worker.connection not in ready:
+                        self._check_silence(worker)
+                        continue
+                    job = worker.job
+                    assert job is not None
+                    match _reply(worker):
+                        case messages.Answered(count):
+                            heard(job.shard.id, count)
+                        case messages.Stopped():
+                            worker.job, stopped = None, True
+                        case messages.Failed(message, hint):
+                            worker.job = None
+                            raise (
+                                UserError(message, hint)
+                                if hint is not None
+                                else RuntimeError(f"worker {worker.number}: {message}; its output is {worker.log}")
+                            )
+                        case messages.Done():
+                            worker.job, worker.silent_starts = None, 0
+                            if job.hunt.more:
+                                again.append(job)
+                            else:
+                                heard(job.shard.id, len(job.shard.rows))
+                                yield job.shard.id
+                        case None:
+                            worker.job = None
+                            self._died(worker, job, folder)
+                            again.append(job)
+        except BaseException:
+            self._abandon()
+            raise
+        if stopped:
+            raise KeyboardInterrupt
+
+    def sleep(self, work: Work) -> None:
+        """See protocol.Executor."""
+        self._start()
+        for worker in self._workers:
+            worker.send(messages.Sleep(msgspec.msgpack.encode(work)))
+        for worker in self._workers:
+            match _reply(worker):
+                case messages.Done():
+                    worker.silent_starts = 0
+                case messages.Failed(message, hint):
+                    raise UserError(message, hint or f"its output is {worker.log}")
+                case _:  # it died: the memory is free, too
+                    worker.restart()
+
+    def close(self) -> None:
+        """See protocol.Executor."""
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+    def _busy(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.job]
+
+    def _give(self, iterator: Iterator[Shard], again: list[_Job], folder: Path, work: Work) -> None:
+        """Something to do for each free worker."""
+        while len(busy := self._busy()) < self._machine.workers:
+            if again:
+                job = again.pop()
+                only = job.hunt.next() or []
+            else:
+                shard = next(iterator, None)
+                if shard is None:
+                    return
+                job, only = _Job(shard, Hunt(range(len(shard.rows)), len(shard.rows)), []), None
+                job.hunt.next()
+            self._start()
+            worker = next(worker for worker in self._workers if worker not in busy)
+            ask(folder, work, job.shard)
+            job.rows = list(range(len(job.shard.rows))) if only is None else only
+            worker.job = job
+            worker.send(messages.Carry(str(folder), job.shard.id, only))
+
+    def _start(self) -> None:
+        if not self._workers:
+            groups = device_groups(self._machine)
+            self._workers = [
+                _Worker(k, self._machine, self._logs / f"worker-{k}.log", group) for k, group in enumerate(groups)
+            ]
+
+    def _check_silence(self, worker: _Worker) -> None:
+        if time.monotonic() - worker.heard > self._machine.engine_timeout_s + GRACE:
+            children.end(worker.process)  # noticed as a death at the next look
+
+    def _died(self, worker: _Worker, job: _Job, folder: Path) -> None:
+        """Start another worker, and find out which rows are left; the one that kills workers is left out."""
+        code = worker.process.poll()
+        worker.restart()
+        answering = Answering(folder, job.shard)
+        before = len(job.hunt.lost)
+        error = UserError(f"a worker ended with code {code}", f"its output is {worker.log}")
+        job.hunt.died(job.rows, [i for i in job.rows if i not in answering.known], error)
+        for number in job.hunt.lost[before:]:
+            answering.put(number, Lost(POISONED))
+        answering.close()
+        if len(answering.known) > 0:
+            worker.silent_starts = 0
+
+    def _abandon(self) -> None:
+        """Leave no worker in the middle: what it says would be taken for the answer to the next call."""
+        for worker in self._busy():
+            worker.close()
+        if self._busy():
+            self.close()
+
+
+def device_groups(machine: recipe.Machine) -> Sequence[str | None]:
+    """The devices of each worker: `tensor_parallel` GPUs each, or None where there is no GPU.
+
+    Raises:
+        UserError: there are too few.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return [None] * machine.workers
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = said.split(",") if said else [str(i) for i in range(torch.cuda.device_count())]
+    size, needed = machine.tensor_parallel, machine.tensor_parallel * machine.workers
+    if len(names) < needed:
+        raise UserError(
+            f"{machine.workers} workers of {size} GPUs need {needed}, and there are {len(names)}",
+            "machine.workers, machine.tensor_parallel",
+        )
+    return [",".join(names[k * size : (k + 1) * size]) for k in range(machine.workers)]
+
+
+def _reply(worker: _Worker) -> messages.Reply | None:
+    """What a worker says; None where it is gone."""
+    try:
+        reply: messages.Reply = msgspec.msgpack.decode(worker.connection.recv_bytes(), type=messages.Reply)
+    except (EOFError, OSError):
+        return None
+    worker.heard = time.monotonic()
+    return reply
