@@ -24,6 +24,41 @@ TEMPLATES = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined
 SECONDS = 10.0  # that a chat template may take for one prompt
 
 
+class Codec:
+    """A tokenizer's texts and ids, without special tokens of its own: the Rust tokenizer itself where there is one.
+
+    What transformers does around it, each time anew, costs several times the tokenizing.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        import transformers
+
+        self._tokenizer = tokenizer
+        self._rust: Any = None
+        if isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+            tokenizer.encode("", add_special_tokens=False)  # sets back truncation and padding that its file may ask for
+            self._rust = tokenizer.backend_tokenizer
+        self._decodes = self._rust is not None and not tokenizer.clean_up_tokenization_spaces
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        if self._rust is None:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._rust.encode(text, add_special_tokens=False).ids)
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts, on all cores unless TOKENIZERS_PARALLELISM says otherwise."""
+        if self._rust is None:
+            return [self.encode(text) for text in texts]
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out."""
+        if self._decodes:
+            return str(self._rust.decode(token_ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
 class Chat:
     """The tokenizer of a model directory, seen through its chat template.
 
@@ -47,7 +82,9 @@ class Chat:
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"model {model} has no end token (eos_token)", _SAVE_TOKENIZER)
         self.stop_token_ids = _end_tokens(model, int(self.tokenizer.eos_token_id))
+        self._codec = Codec(self.tokenizer)
         self._control = _control_strings(self.tokenizer)
+        self._controls = re.compile("|".join(map(re.escape, self._control))) if self._control else None
 
     def prompt_ids(self, text: str, earlier: Sequence[Message] = ()) -> list[int]:
         """Token ids of a user turn up to where the assistant begins, after the turns before it.
@@ -76,7 +113,7 @@ class Chat:
 
     def text(self, token_ids: list[int]) -> str:
         """The text of a completion, without special tokens and surrounding white space."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+        return self._codec.decode(token_ids).strip()
 
     def _render(self, turns: list[Message], *, add_generation_prompt: bool) -> list[int]:
         mark, masked = self._masked(turns)
@@ -94,7 +131,7 @@ class Chat:
         ids: list[int] = []
         for k, piece in enumerate(text.split(mark) if mark else [text]):
             for part in _halves(self._control[int(piece)]) if k % 2 else [piece]:
-                ids += self.tokenizer.encode(part, add_special_tokens=False)
+                ids += self._codec.encode(part)
         bos = self.tokenizer.bos_token_id
         if bos is not None and bos != self.tokenizer.eos_token_id and ids.count(bos) > 1:
             raise UserError("the chat template adds a second BOS token", "remove one from the template or tokenizer")
@@ -105,15 +142,15 @@ class Chat:
 
         What a user or a model has written is never read as the template's own control tokens.
         """
-        pattern = "|".join(map(re.escape, self._control))
-        if not pattern or not any(re.search(pattern, turn["content"]) for turn in turns):
+        if self._controls is None or not any(self._controls.search(turn["content"]) for turn in turns):
             return "", turns
         written = "".join(turn["content"] for turn in turns)
         mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in written)  # private use
         numbers = {string: str(i) for i, string in enumerate(self._control)}
         masked = [
             Message(
-                role=turn["role"], content=re.sub(pattern, lambda m: f"{mark}{numbers[m[0]]}{mark}", turn["content"])
+                role=turn["role"],
+                content=self._controls.sub(lambda m: f"{mark}{numbers[m[0]]}{mark}", turn["content"]),
             )
             for turn in turns
         ]
