@@ -64,17 +64,27 @@ class Answers:
         self._streams = list(_streams(tables))
         self._aligned = len(self._streams) <= STREAMS and _aligned([stream.hashes for stream in self._streams])
         self.prompts = self.candidates = 0  # to be judged
+        if self._aligned and worth is None and not golds:
+            self.prompts = len(self._streams[0].hashes) if self._streams else 0
+            self.candidates = sum(stream.stop - stream.start for stream in self._streams)
+        else:
+            self._count()
+
+    def _count(self) -> None:
+        """Look at all ids, which are in some other order, or which golds and worthy prompts are told by."""
         known: set[str] = set()  # needed only where prompts come back
-        for number, (prompt_id, rows) in enumerate(_runs(tables)):
-            if worth is not None and prompt_id not in worth:
+        for number, (prompt_id, rows) in enumerate(_runs(self._tables)):
+            if self._worth is not None and prompt_id not in self._worth:
                 continue
             self.candidates += rows
-            first = number < len(self._streams[0].hashes) if self._aligned else prompt_id not in known
+            if self._aligned:
+                first = number < len(self._streams[0].hashes)
+            else:
+                first = prompt_id not in known
+                known.add(prompt_id)
             if first:
                 self.prompts += 1
-                self.candidates += prompt_id in golds
-                if not self._aligned:
-                    known.add(prompt_id)
+                self.candidates += prompt_id in self._golds
 
     def windows(self) -> Iterator[Window]:
         """All answers in order, the prompts in that of their first answers."""
