@@ -1,5 +1,6 @@
 """The input files: seeds, held-out prompts, raw text; and the keywords drawn from them."""
 
+import functools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -232,6 +233,7 @@ def read_paragraphs(path: Path) -> list[str]:
     return paragraphs
 
 
+@functools.lru_cache(4_096)  # a prompt is folded for each thing that it is compared with
 def fold(text: str) -> str:
     """The words of a text in lower case: prompts that fold alike count as the same prompt."""
     return " ".join(re.findall(r"\w+", text.lower()))

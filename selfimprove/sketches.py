@@ -72,8 +72,7 @@ class Index:
         hashes = self._hashed(sketches)
         found = self._known(sketches, rows, hashes)
         fresh = _Batch(self._number, sketches, self._bands, self._rows, self._threshold)
-        _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-        alone = (counts[inverse.reshape(hashes.shape)] == 1).all(axis=1).tolist()  # with nothing in this batch
+        alone = _alone(hashes).tolist()
         matches: list[Match | None] = []
         for i, digest in enumerate(digests):
             best = found.get(i)
@@ -114,9 +113,7 @@ class Index:
         """Enter the bands of some sketches; those of one chain one after the other."""
         import numpy as np
 
-        slots = self._hashes[begin:end].ravel() & np.uint32(len(self._heads) - 1)
-        order = np.argsort(slots, kind="stable")
-        slots = slots[order]
+        slots, order = _sorted(self._hashes[begin:end].ravel() & np.uint32(len(self._heads) - 1))
         entries = (order + begin * self._bands + 1).astype(np.uint32)
         first = np.ones(len(slots), bool)  # of its chain in this part
         first[1:] = slots[1:] != slots[:-1]
@@ -239,6 +236,26 @@ def mixed(values: "Sketches") -> "Sketches":
     values = (values ^ (values >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return values ^ (values >> np.uint32(16))
+
+
+def _sorted(values: "Sketches") -> "tuple[Sketches, Numbers]":
+    """Values in order, and their places; packed into one number each, which numpy sorts several times as fast."""
+    import numpy as np
+
+    both = np.sort((values.astype(np.int64) << 32) | np.arange(len(values)))
+    return (both >> 32).astype(np.uint32), both & 0xFFFFFFFF
+
+
+def _alone(hashes: "Sketches") -> "Numbers":
+    """Of each row whether no other has any of its values."""
+    import numpy as np
+
+    values, places = _sorted(hashes.ravel())
+    same = np.zeros(len(values) + 1, bool)  # as the one before
+    same[1:-1] = values[1:] == values[:-1]
+    shared = np.zeros(len(hashes), bool)
+    shared[places[same[:-1] | same[1:]] // hashes.shape[1]] = True
+    return ~shared
 
 
 def _heads(entries: int) -> int:
