@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,10 @@ class Codec:
             self._rust = tokenizer.backend_tokenizer
         self._decodes = self._rust is not None and not tokenizer.clean_up_tokenization_spaces
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-        if self._rust is None:
-            return list(self._tokenizer.encode(text, add_special_tokens=False))
-        return list(self._rust.encode(text, add_special_tokens=False).ids)
-
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts, on all cores unless TOKENIZERS_PARALLELISM says otherwise."""
         if self._rust is None:
-            return [self.encode(text) for text in texts]
+            return [list(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -83,6 +77,8 @@ class Chat:
             raise UserError(f"model {model} has no end token (eos_token)", _SAVE_TOKENIZER)
         self.stop_token_ids = _end_tokens(model, int(self.tokenizer.eos_token_id))
         self._codec = Codec(self.tokenizer)
+        begins, ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self._bos = None if begins == ends else begins
         self._control = _control_strings(self.tokenizer)
         self._controls = re.compile("|".join(map(re.escape, self._control))) if self._control else None
 
@@ -91,7 +87,12 @@ class Chat:
 
         There is exactly one BOS where the model has one.
         """
-        return self._render([*earlier, Message(role="user", content=text)], add_generation_prompt=True)
+        return self.prompt_ids_of([(text, earlier)])[0]
+
+    def prompt_ids_of(self, prompts: Iterable[tuple[str, Sequence[Message]]]) -> list[list[int]]:
+        """The same of many, tokenized together: (user turn, the turns before it)."""
+        dialogues = ([*earlier, Message(role="user", content=text)] for text, earlier in prompts)
+        return self._encoded([self._rendered(turns, add_generation_prompt=True) for turns in dialogues])
 
     def completion_ids(self, prompt: str, completion: str) -> list[int]:
         """Token ids of the assistant's turn, end token included, as they continue `prompt_ids(prompt)`.
@@ -101,7 +102,7 @@ class Chat:
         """
         before = self.prompt_ids(prompt)
         turns = [Message(role="user", content=prompt), Message(role="assistant", content=completion)]
-        whole = self._render(turns, add_generation_prompt=False)
+        [whole] = self._encoded([self._rendered(turns, add_generation_prompt=False)])
         if whole[: len(before)] != before:
             raise UserError(
                 f"the chat template does not render a prompt as a prefix of prompt and answer: {prompt!r}",
@@ -115,7 +116,8 @@ class Chat:
         """The text of a completion, without special tokens and surrounding white space."""
         return self._codec.decode(token_ids).strip()
 
-    def _render(self, turns: list[Message], *, add_generation_prompt: bool) -> list[int]:
+    def _rendered(self, turns: list[Message], *, add_generation_prompt: bool) -> list[str]:
+        """What the template makes of a dialogue, in the pieces that are to be encoded."""
         mark, masked = self._masked(turns)
         try:
             with _at_most(SECONDS):
@@ -128,14 +130,20 @@ class Chat:
             ) from None
         except (jinja2.TemplateError, MemoryError, RecursionError) as error:
             raise UserError(f"the model's chat template fails: {error}", "mend chat_template of the model") from None
-        ids: list[int] = []
-        for k, piece in enumerate(text.split(mark) if mark else [text]):
-            for part in _halves(self._control[int(piece)]) if k % 2 else [piece]:
-                ids += self._codec.encode(part)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and bos != self.tokenizer.eos_token_id and ids.count(bos) > 1:
+        return [
+            part
+            for k, piece in enumerate(text.split(mark) if mark else [text])
+            for part in (_halves(self._control[int(piece)]) if k % 2 else [piece])
+        ]
+
+    def _encoded(self, dialogues: Sequence[list[str]]) -> list[list[int]]:
+        """The ids of dialogues that are given in pieces."""
+        pieces = iter(self._codec.encode_many([piece for pieces in dialogues for piece in pieces]))
+        found = [[token for _ in dialogue for token in next(pieces)] for dialogue in dialogues]
+        bos = self._bos
+        if bos is not None and any(ids.count(bos) > 1 for ids in found):
             raise UserError("the chat template adds a second BOS token", "remove one from the template or tokenizer")
-        return ids
+        return found
 
     def _masked(self, turns: list[Message]) -> tuple[str, list[Message]]:
         """Turns in which each control string is its number between two marks, and the mark; none where there is none.

@@ -1,4 +1,4 @@
-"""The data flow of tests/bench/dataflow at a small size: the same rows whatever is held at once, and memory does not grow.
+"""The data flow of tests/bench/dataflow at a small size: the same rows whatever is held, and no more memory for more.
 
 With windows of 512 rows a run of 1,500 prompts is several windows long. Holding all that 4,500 prompts make takes about
 30 MiB more in the stage label, which the bound on memory is half of.
