@@ -98,9 +98,9 @@ def iter_rows(directory: Path, name: str, record: type[Row], start: int = 0, sto
 
 
 def iter_columns(directory: Path, name: str, wanted: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Some columns of all rows of an artifact, in order. The shards are not compared with the manifest."""
+    """Some columns of all rows of an artifact, in order; see `iter_rows`."""
     for shard in shards(directory, name):
-        yield from columns.read_some(shard, wanted)
+        yield from columns.read_some(intact(shard), wanted)
 
 
 def row_number(directory: Path, name: str) -> int:
