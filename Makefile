@@ -20,7 +20,7 @@ TORCH_FLAGS = $(TORCH_CPU_INDEX)
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup setup-cuda demo test lint types layers tests bench-train bench-dataflow chaos fuzz docs lock
+.PHONY: all help setup setup-cuda demo test lint types layers tests test-gpu bench-train bench-dataflow chaos fuzz docs lock
 
 all: setup lint types layers tests  ## set up, lint, types, import layers, tests (the default)
 
@@ -55,6 +55,9 @@ layers:
 
 tests:
 	$(BIN)/python -m pytest
+
+test-gpu:  ## the tests that need an NVIDIA GPU
+	SELFIMPROVE_GPU=1 $(BIN)/python -m pytest -n0 tests/gpu
 
 CASES ?= 10000
 FUZZ ?=
