@@ -4,13 +4,14 @@ plan.py says what feeds what and what is left to do; `execute` runs one stage.
 """
 
 import contextlib
+import gc
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -282,13 +283,24 @@ def execute(
         manifest = adopt(out, key_of(ingredients), [sibling / step.directory for sibling in siblings])
         if manifest is None:
             out.begin()
-            step.stage.run(io, step.section)
+            with _nothing_old_searched():
+                step.stage.run(io, step.section)
             manifest = out.publish(step.iteration, step.name, ingredients, environment() | {"receipt": receipt})
     except BaseException:
         out.discard()
         raise
     forget(io.scratch)
     return manifest
+
+
+@contextlib.contextmanager
+def _nothing_old_searched() -> Iterator[None]:
+    """Let Python's search for cycles pass by what is there already, above all modules: rows make it search often."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def forget(scratch: Path) -> None:
