@@ -49,7 +49,7 @@ def fit(job: Job, world: World) -> dict[str, float]:
     mode = _mode(job, policy, world)
     module = _wrapped(policy, job, world)
     shown: dict[str, float] = {}
-    resumed = checkpoint.latest(job.scratch)
+    resumed = checkpoint.latest(job.scratch, world)
     at = checkpoint.read_progress(resumed) if resumed else {"chunk": 0, "steps_done": 0}
     log = _Log(job, world, at.get("lines", 0), mode)
     chunks = _chunks(job, mode, world)
