@@ -13,6 +13,7 @@ CASES = {
     "margins that couple the batch, with noise": (NOISY, {}, "ddp"),
     "the same, weights sharded": (NOISY, {}, "fsdp"),
     "moving reference": ({**DPO, "reference": "ema", "ema_decay": 0.5}, {}, "ddp"),
+    "moving reference, weights sharded": ({**DPO, "reference": "ema", "ema_decay": 0.5}, {}, "fsdp"),
     "adapter, weights sharded": (DPO, {"adapter": {"rank": 4, "alpha": 8.0}}, "fsdp"),
 }
 
