@@ -183,6 +183,5 @@ def _tensors(learner: Learner) -> Iterator[tuple[str, Tensor]]:
                 yield f"{number}/{moment}/{name}", value
     for number, reference in enumerate(learner.references):
         if isinstance(reference, Live):
-            distributed.reshard(reference.module)
             for name, parameter in reference.module.named_parameters():
                 yield f"reference-{number}/{name.removeprefix('module.')}", parameter.detach()

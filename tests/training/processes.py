@@ -1,4 +1,4 @@
-"""Trainings in processes of their own: forks of a server that has imported torch already, so that they start at once."""
+"""Trainings in processes of their own: forks of a server that has imported torch already, so they start at once."""
 
 import multiprocessing
 import os
@@ -15,14 +15,15 @@ CONTEXT.set_forkserver_preload(
 SECONDS = 120  # more than any of them takes
 
 
-def fit(folder, rows, preference=None, machine=None, stop_after=None, **settings) -> list[int]:
+def fit(folder, rows, preference=None, machine=None, stop_after=None, before=None, **settings) -> list[int]:
     """A training by as many processes as `machine` has, without torchrun; their exit codes.
 
-    With `stop_after` all stop after so many steps of their own, as if the user had asked for it.
+    With `stop_after` all stop after so many steps of their own, as if the user had asked for it. `before` is called
+    in each with its rank. A process that meets an error of the operating system ends with its number.
     """
     folder.mkdir(exist_ok=True)
     size = (machine or {}).get("num_processes", 1)
-    arguments = (size, free_port(), stop_after, folder, rows, preference, machine, settings)
+    arguments = (size, free_port(), stop_after, before, folder, rows, preference, machine, settings)
     started = [CONTEXT.Process(target=_one, args=(rank, *arguments)) for rank in range(size)]
     for process in started:
         process.start()
@@ -39,7 +40,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _one(rank: int, size: int, port: int, stop_after: int | None, folder, rows, preference, machine, settings) -> None:
+def _one(
+    rank: int, size: int, port: int, stop_after: int | None, before, folder, rows, preference, machine, settings
+) -> None:
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()})
     if stop_after is not None:
@@ -50,10 +53,12 @@ def _one(rank: int, size: int, port: int, stop_after: int | None, folder, rows, 
             return len(steps) == stop_after
 
         trainer._asked_to_stop = stop
+    if before:
+        before(rank)
     with distributed.joined() as world:
         try:
             trainer.fit(job(folder, rows, preference, machine, **settings), world)
         except KeyboardInterrupt:
             os._exit(0)
-
-
+        except OSError as error:
+            os._exit(error.errno)

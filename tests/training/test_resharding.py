@@ -1,4 +1,4 @@
-"""A checkpoint of any number of processes goes on in any other, to the losses and weights of one uninterrupted process."""
+"""A checkpoint of any number of processes goes on in any other: losses and weights of one uninterrupted process."""
 
 import shutil
 
