@@ -10,14 +10,16 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as read_parts
+from torch.distributed.checkpoint.state_dict_saver import save as write_parts
 
 from selfimprove.store import fsync, sha256
 from selfimprove.training import distributed
@@ -73,7 +75,7 @@ def _write(tensors: dict[str, Tensor], folder: Path, world: World) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process only
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+            write_parts(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
     except CheckpointException as failed:  # hides what happened, and is no Exception
         raise _reason(failed) from None
 
@@ -113,7 +115,7 @@ def latest(folder: Path, world: World = ALONE) -> Path | None:
     """
     found = sorted((p for p in folder.glob("checkpoint-*") if p.suffix != ".tmp"), reverse=True)
     for path in distributed.everywhere(lambda: found, world)[0]:
-        damage = [why for why in distributed.everywhere(lambda path=path: _damage(path, world), world) if why]
+        damage = [why for why in distributed.everywhere(partial(_damage, path, world), world) if why]
         if not damage:
             return path
         if world.first:
@@ -154,7 +156,7 @@ def load(path: Path, learner: Learner) -> None:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(dict(_tensors(learner)), storage_reader=reader, no_dist=learner.world.size == 1)
+            read_parts(dict(_tensors(learner)), storage_reader=reader, no_dist=learner.world.size == 1)
     except CheckpointException as failed:
         raise _reason(failed) from None
     learner.steps_done, learner.tokens_done = said["steps_done"], said["tokens_done"]
