@@ -146,17 +146,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def assign_(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor into one that may be sharded."""
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor that every process has, cut as `target` is."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def hand_out_(target: Tensor, value: Tensor) -> None:
+    """Write the first process's value into a tensor of all, cut or not; that of the others only has the shape."""
     value = value.to(target.device, target.dtype)
     if isinstance(target, DTensor):
         target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
     else:
+        dist.broadcast(value, 0)
         target.copy_(value)
-
-
-def whole_parameters(model: Any) -> dict[str, Tensor]:
-    """All parameters and saved buffers by name, whole and on the CPU; tied ones once. Every process must ask."""
-    found = {name: whole(p.detach()).cpu() for name, p in model.named_parameters()}
-    saved = model.state_dict().keys()
-    return found | {name: whole(b).cpu() for name, b in model.named_buffers() if name in saved}

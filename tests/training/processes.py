@@ -5,6 +5,8 @@ import os
 import socket
 from typing import Any
 
+import torch
+
 from selfimprove.training import distributed, trainer
 from tests.training.conftest import job
 
@@ -23,8 +25,13 @@ def fit(folder, rows, preference=None, machine=None, stop_after=None, before=Non
     """
     folder.mkdir(exist_ok=True)
     size = (machine or {}).get("num_processes", 1)
-    arguments = (size, free_port(), stop_after, before, folder, rows, preference, machine, settings)
-    started = [CONTEXT.Process(target=_one, args=(rank, *arguments)) for rank in range(size)]
+    return run(size, _fit, stop_after, before, folder, rows, preference, machine, settings)
+
+
+def run(size: int, target, *arguments) -> list[int]:
+    """`target(world, *arguments)` in so many processes of one group; their exit codes."""
+    port = free_port()
+    started = [CONTEXT.Process(target=_one, args=(rank, size, port, target, *arguments)) for rank in range(size)]
     for process in started:
         process.start()
     for process in started:
@@ -40,25 +47,28 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _one(
-    rank: int, size: int, port: int, stop_after: int | None, before, folder, rows, preference, machine, settings
-) -> None:
+def _one(rank: int, size: int, port: int, target, *arguments) -> None:
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()})
+    torch.set_num_threads(1)
+    with distributed.joined() as world:
+        target(world, *arguments)
+
+
+def _fit(world, stop_after: int | None, before, folder, rows, preference, machine, settings) -> None:
+    steps: list[Any] = []
+
+    def stop(job: Any, world: Any) -> bool:
+        steps.append(None)
+        return len(steps) == stop_after
+
     if stop_after is not None:
-        steps: list[Any] = []
-
-        def stop(job: Any, world: Any) -> bool:
-            steps.append(None)
-            return len(steps) == stop_after
-
         trainer._asked_to_stop = stop
     if before:
-        before(rank)
-    with distributed.joined() as world:
-        try:
-            trainer.fit(job(folder, rows, preference, machine, **settings), world)
-        except KeyboardInterrupt:
-            os._exit(0)
-        except OSError as error:
-            os._exit(error.errno)
+        before(world.rank)
+    try:
+        trainer.fit(job(folder, rows, preference, machine, **settings), world)
+    except KeyboardInterrupt:
+        os._exit(0)
+    except OSError as error:
+        os._exit(error.errno)
