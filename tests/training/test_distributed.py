@@ -55,7 +55,7 @@ def test_processes_of_which_most_have_nothing_to_do_equal_one(tmp_path, pairs, p
     long = pairs[0]._replace(pair_id="long", chosen_ids=(pairs[0].chosen_ids * 20)[:400])
     rows = [long, pairs[2], pairs[4], pairs[6], pairs[8]]
     settings = {"epochs": 1, "batch_size": 2}
-    machine = {"num_processes": 4, "sharding": "fsdp", "train_tokens": 60}
+    machine = {"num_processes": 4, "sharding": "fsdp", "train_tokens": 10}  # each tree is a pass
     assert fit(tmp_path / "one", rows, preference, {}, **settings) == [0]
     assert fit(tmp_path / "four", rows, preference, machine, **settings) == [0] * 4
     same(tmp_path / "one", tmp_path / "four", 4)
