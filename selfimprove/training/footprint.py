@@ -26,8 +26,9 @@ def footprint(parameters: int, trainable: int, optimizer: Optimizer, machine: Ma
     """What one device holds between two steps, and during one where that is more.
 
     Weights, gradients and moments are float32. FSDP2 cuts all of them into as many parts as there are processes; the
-    layer that it gathers for the moment comes on top. DDP keeps them whole, and its gradients a second time in the
-    buckets that are exchanged. In bfloat16 a process that holds whole weights keeps their copies during a pass.
+    layer, the embeddings and the head that it gathers for the moment come on top. DDP keeps them whole, and its
+    gradients a second time in the buckets that are exchanged. In bfloat16 a process that holds whole weights keeps
+    their copies during a pass.
 
     Args:
         parameters: of the model, adapters included.
