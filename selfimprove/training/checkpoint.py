@@ -28,7 +28,7 @@ from selfimprove.training.learner import Learner
 from selfimprove.training.references import Live
 
 SUMS = "SHA256SUMS"  # of all other files, as `sha256sum --check` reads it
-FILE_BYTES = 2 << 30  # of a file, which is put together in memory
+FILE_BYTES = 512 << 20  # of a file, which is put together in memory, twice
 
 
 def save(folder: Path, learner: Learner, progress: dict[str, Any]) -> None:
