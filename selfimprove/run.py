@@ -189,10 +189,10 @@ def iterate(
     kept = mirror.of(chosen.machine.store, run)
     if not run.exists():
         check(chosen)
-        if kept:
-            kept.store.probe()
-        with disk.told(run.path, run.name):
-            run.path.mkdir(parents=True, exist_ok=True)
+    if kept:
+        kept.store.probe()
+    with disk.told(run.path, run.name):
+        run.path.mkdir(parents=True, exist_ok=True)
     with disk.told(run.path, run.name), run.lock():
         boundary.refuse_links(run.path)
         if kept:

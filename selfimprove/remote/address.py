@@ -38,8 +38,7 @@ def connect(address: str) -> tuple[Any, str]:
     protocol = address.partition("://")[0]
     extra = EXTRAS.get(protocol)
     try:
-        # what others write must be seen at once: no listing is remembered
-        found = fsspec.core.url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
+        found = fsspec.core.url_to_fs(address, use_listings_cache=False)  # what others write must be seen at once
     except ImportError as error:
         install = f"pip install 'selfimprove[{extra}]'" if extra else str(error)
         raise UserError(f"the store {address} needs a library that is not installed", install) from None

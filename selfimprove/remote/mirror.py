@@ -68,6 +68,7 @@ class Mirror:
             raise self._apart(directory, kept)
         base = f"{self.run.name}/{directory}/{making(content)}"
         sizes = kept.sizes if kept else self.store.sizes(base)
+        self.store.sweep(base)
         gone = collected_outputs(place, manifest)
         lacking = [o for o in manifest.outputs if sizes.get(o.path) != o.bytes]
         if gone & {o.path for o in lacking}:
@@ -199,7 +200,7 @@ class Mirror:
     def _apart(self, directory: str, there: Kept | None) -> UserError:
         ours = read_manifest(self.run.path / directory)
         same = ours and there and there.manifest and there.manifest.key == ours.key
-        what = "was made another time, from the same ingredients" if same else "is made from other ingredients"
+        what = "was made another time, from the same ingredients," if same else "is made from other ingredients"
         return UserError(
             f"{self.address}/{directory} {what} than {self.run.path / directory}: another driver has put it there",
             f"move {self.run.path} away and selfimprove pull {self.address} to go on with what is there; "

@@ -15,6 +15,7 @@ Progress = Callable[[int, int], None]  # bytes moved so far, bytes to move
 THREADS = 8  # files moved at once; s3fs also cuts large ones into parts, and moves ten of them at once
 LARGE = 64 << 20  # bytes of a file from which on only one is moved at a time: s3fs holds its ten parts in memory
 CHUNK = 4 << 20
+HALF = ".half"  # ends the name of a file in a folder that is being written
 
 
 class Item(NamedTuple):
@@ -67,21 +68,23 @@ def chunks(path: Path) -> Iterator[bytes]:
 def write(target: Path, chunks: Iterable[bytes], moved: Callable[[int], None]) -> None:
     """Write a file so that it is there whole or not at all, also after the machine has died."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f"{target.name}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with open(os.open(beside, flags, 0o666), "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            moved(file.tell())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(target)
+    beside = _beside(target)
+    try:
+        with beside.open("xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                moved(file.tell())
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
     fsync(target.parent)
 
 
 def create(target: Path, content: bytes) -> bool:
     """`write` where no file of that name is; False where one is with other content."""
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")  # another process may be at it now
+    beside = _beside(target)
     write(beside, [content], lambda done: None)
     try:
         os.link(beside, target)  # unlike a rename, it takes nobody's place
@@ -95,3 +98,14 @@ def create(target: Path, content: bytes) -> bool:
         beside.unlink(missing_ok=True)
     fsync(target.parent)
     return True
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers have left beside their targets; one that is still at it fails, and can try again."""
+    for path in folder.rglob(f".*{HALF}"):
+        path.unlink(missing_ok=True)
+
+
+def _beside(target: Path) -> Path:
+    """A name of this writer's own: another one may be writing the same file now."""
+    return target.with_name(f".{secrets.token_hex(8)}{HALF}")

@@ -54,12 +54,11 @@ class Store:
                 f"mkdir -p {self.address}, if the file system that it is to be on is mounted",
             )
         name, content = f".probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
+        self.write(name, content)
         try:
-            self.write(name, content)
             same = self.read(name) == content
         finally:
-            with contextlib.suppress(UserError):
-                self.delete(name)
+            self.delete(name)
         if not same:
             raise UserError(f"the store {self.address} gave back something else than was written", "choose another one")
         if name in self.names(""):
@@ -116,7 +115,11 @@ class Store:
                 found = self._fs.find(base, detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return {}
-        return {name.removeprefix(f"{base}/"): told["size"] for name, told in found.items() if name != base}
+        return {
+            name.removeprefix(f"{base}/"): told["size"]
+            for name, told in found.items()
+            if name != base and not name.endswith(moving.HALF)
+        }
 
     def names(self, below: str) -> list[str]:
         """What stands directly below a name."""
@@ -185,6 +188,11 @@ class Store:
 
         together(check, items, progress)
         return sorted(wrong)
+
+    def sweep(self, below: str) -> None:
+        """Remove half-written files in a part of a store that is a folder; object stores have none."""
+        if self.folder:
+            moving.sweep(self.folder / below)
 
     def refuse_links(self, below: str) -> None:
         """Refuse symlinks in a part of a store that is a folder: a writer would leave the store through them.
