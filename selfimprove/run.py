@@ -39,6 +39,7 @@ from selfimprove.plan import (
 from selfimprove.preflight import check
 from selfimprove.recipe import Recipe
 from selfimprove.remote import mirror
+from selfimprove.remote.behind import Behind
 from selfimprove.remote.mirror import Mirror
 from selfimprove.stages.io import StageIO
 from selfimprove.status import read_scores, standing
@@ -219,7 +220,11 @@ def iterate(
         if longest != known:  # more rounds, or other machine settings
             write_atomically(run.recipe_file, recipe_file.dump(longest))
         receipt = write_receipt(run, chosen, command) if todo else ""
-        with Interrupts(display.stopping, display.waiting) as interrupts:
+        told = megabytes(display, "into the store, MB")
+        with (
+            Interrupts(display.stopping, display.waiting) as interrupts,
+            Behind(kept, told, lambda why: run.write_state("failed", error=why)) as behind,
+        ):
             for number, examined in enumerate(todo, 1):
                 step = examined.step
                 display.started(step, number, len(todo))
@@ -229,8 +234,7 @@ def iterate(
                     disk.check(run.path, takes.disk_bytes, step.directory)
                     run.write_state("running", step.iteration, step.name)
                     manifest = execute(run, chosen, step, engines, siblings, display, receipt)
-                    if kept:
-                        kept.push(step.directory, megabytes(display, "into the store, MB", interrupts.check))
+                    behind.push(step.directory)
                 except BaseException as error:
                     mended = disk.told_of(error, run.path, step.directory)
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -329,11 +333,10 @@ def meet(
     kept.bring(megabytes(display, "from and into the store, MB"), tell, without=again)
 
 
-def megabytes(display: Display, what: str, safe: Callable[[], None] = lambda: None) -> Callable[[int, int], None]:
-    """A function that is told bytes and shows them; `safe` may end the transfer."""
+def megabytes(display: Display, what: str) -> Callable[[int, int], None]:
+    """A function that is told bytes and shows them."""
 
     def moved(done: int, total: int) -> None:
-        safe()
         display.progress(what, done // 10**6, -(-total // 10**6))
 
     return moved

@@ -1,5 +1,6 @@
 """Several drivers, runs of one name, what is set aside, and what gc removed."""
 
+import errno
 import re
 import shutil
 import threading
@@ -39,6 +40,9 @@ def test_what_another_driver_has_published_is_never_replaced(address, tmp_path):
     publish(ours, STAGES[0], "other")
     assert "is made from other ingredients" in refused(mirrored(address, ours).push_all, nothing)
     mirrored(address, ours).bring(nothing, nothing, without=STAGES[:1])  # what --from sets aside
+    shutil.rmtree(ours.path / "iter-001")
+    mirrored(address, ours).bring(nothing, nothing, without=STAGES[:1])
+    assert not (ours.path / STAGES[0]).exists()
     assert list(check_readers(address)) == STAGES[:1]
 
 
@@ -73,6 +77,25 @@ def test_of_two_drivers_at_the_same_moment_one_is_told(address, tmp_path):
 
 def test_a_manifest_whose_answer_was_lost_is_our_own(address, tmp_path):
     place = Store(address)
+    assert place.create("x/manifest.json", b"one")
+    assert place.create("x/manifest.json", b"one")
+    assert not place.create("x/manifest.json", b"two")
+    assert place.read("x/manifest.json") == b"one"
+
+
+@pytest.mark.parametrize("knows", ["ignores the condition", "has no such condition"])
+def test_a_store_without_conditions_never_replaces_what_it_shows(knows, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    put = MemoryFileSystem.pipe_file
+
+    def careless(self, path, value, mode="overwrite", **more):
+        if mode == "create" and knows == "has no such condition":
+            raise OSError(errno.ENOSYS, "NotImplemented")
+        put(self, path, value, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", careless)
+    place = Store(f"memory://{knows[:3]}")
     assert place.create("x/manifest.json", b"one")
     assert place.create("x/manifest.json", b"one")
     assert not place.create("x/manifest.json", b"two")
@@ -155,5 +178,7 @@ def test_what_gc_removed_before_a_push_is_explained_there_too(address, tmp_path)
     there = pulled(address, tmp_path / "there")
     assert tree(there.path) == tree(run.path)
     assert collected.told(there.path / STAGES[0]) == "weights removed by gc on 2026-01-01"
-    Store(address).write(objects_of(address, STAGES[0], "collected.json"), b"{}")  # a note that explains nothing
-    assert "torn: policy/model.safetensors is missing" in refused(pulled, address, tmp_path / "elsewhere")
+    note = objects_of(address, STAGES[0], "collected.json")
+    for other in (b"{}", b'{"on": "2026", "files": {"policy/model.safetensors": "0000"}}'):  # of another file
+        Store(address).write(note, other)
+        assert "torn: policy/model.safetensors is missing" in refused(pulled, address, tmp_path / "elsewhere")

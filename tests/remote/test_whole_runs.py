@@ -128,7 +128,7 @@ def test_a_store_that_goes_away_fails_the_run_in_one_sentence_and_the_next_resum
     before = {d: (Path("runs/r") / d / "manifest.json").read_bytes() for d in here}
     resumed = selfimprove("resume", "r")
     assert resumed.code == 0, resumed.err
-    assert "kept 1 stage (" in resumed.err
+    assert re.search(r"kept \d stages? \(", resumed.err)
     found = check_readers(str(cut_data / "store"), "r")
     assert len(found) == 8
     assert before.items() <= {d: one.content for d, one in found.items()}.items()
