@@ -230,6 +230,7 @@ def iterate(
                 display.started(step, number, len(todo))
                 try:
                     interrupts.check()
+                    behind.check()
                     takes = estimates.estimate(run, chosen, every)[step.directory]
                     disk.check(run.path, takes.disk_bytes, step.directory)
                     run.write_state("running", step.iteration, step.name)

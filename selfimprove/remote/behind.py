@@ -15,7 +15,7 @@ AWAITED = "what is published is put into the store"
 class Behind:
     """A queue of published stages, pushed one after the other in a thread of its own.
 
-    What a push meets is raised where the next one is asked for. At the end, however that comes, what is queued is
+    What a push meets is raised before the next stage, or after it. At the end, however that comes, what is queued is
     finished; only a second Ctrl-C ends it, and the next resume pushes the rest.
 
     Args:
@@ -40,9 +40,19 @@ class Behind:
         Raises:
             UserError: an earlier one could not be.
         """
-        self._raise()
+        self.check()
         if self._kept:
             self._queue.append(self._pool.submit(self._push, self._kept, directory))
+
+    def check(self) -> None:
+        """Raise what a push has met so far.
+
+        Raises:
+            UserError: one could not be pushed.
+        """
+        for one in self._queue:
+            if one.done() and not one.cancelled():
+                one.result()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         pending, stop = set(self._queue), Stop(AWAITED)
@@ -56,7 +66,7 @@ class Behind:
             self._ended.set()
             self._pool.shutdown(wait=True, cancel_futures=True)
         try:
-            self._raise()
+            self.check()
         except UserError as found:
             if kind is None:
                 self._failed(found.message)
@@ -70,11 +80,6 @@ class Behind:
         except BaseException:
             self._ended.set()  # what comes after it would meet the same
             raise
-
-    def _raise(self) -> None:
-        for one in self._queue:
-            if one.done() and not one.cancelled():
-                one.result()
 
     def _told(self, done: int, total: int) -> None:
         if self._ended.is_set():
