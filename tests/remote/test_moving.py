@@ -5,8 +5,21 @@ from pathlib import Path
 import pytest
 
 from selfimprove import store
+from selfimprove.remote import kept as reading
 from selfimprove.remote import moving, objects
-from tests.remote.helpers import NAMES, STAGES, begin, check_readers, mirrored, nothing, publish, pulled, tree
+from selfimprove.remote.objects import Store
+from tests.remote.helpers import (
+    NAMES,
+    STAGES,
+    begin,
+    check_readers,
+    mirrored,
+    nothing,
+    objects_of,
+    publish,
+    pulled,
+    tree,
+)
 
 
 def test_what_is_pulled_is_what_was_pushed_file_by_file(address, tmp_path):
@@ -52,3 +65,26 @@ def test_a_manifest_is_the_last_object_that_a_push_writes(folder, tmp_path, monk
     mirrored(str(folder), run).push(STAGES[0], nothing)
     assert order[-1] == "manifest.json"
     assert set(order[:-1]) >= {Path(name).name for name in NAMES}
+
+
+def test_a_push_that_goes_on_skips_the_files_that_are_there(folder, tmp_path):
+    run = begin(tmp_path / "here/run", STAGES[:1])
+    mirrored(str(folder), run).push_all(nothing)
+    Store(str(folder)).delete(f"run/{STAGES[0]}/manifest.json")
+    Store(str(folder)).delete(objects_of(str(folder), STAGES[0], "model.safetensors"))
+    put, together = [], moving.together
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objects, "together", lambda move, items, told: (put.extend(items), together(move, items, told)))
+        assert mirrored(str(folder), run).push_all(nothing) == STAGES[:1]
+    assert [item.name.rpartition("/")[2] for item in put] == ["model.safetensors"]
+    assert list(check_readers(str(folder))) == STAGES[:1]
+
+
+def test_a_listing_that_is_older_than_a_manifest_makes_nothing_torn(folder, tmp_path):
+    """A reader lists, then a push ends, then the reader reads the manifest."""
+    run = begin(tmp_path / "here/run", STAGES[:1])
+    mirrored(str(folder), run).push_all(nothing)
+    kept = reading.artifact(Store(str(folder)), "run", STAGES[0], {f"{STAGES[0]}/manifest.json": 1})
+    assert kept
+    assert not kept.torn
+    assert kept.sizes.keys() == set(NAMES)
