@@ -124,11 +124,7 @@ class Store:
                 found = self._fs.find(base, detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return {}
-        return {
-            name.removeprefix(f"{base}/"): told["size"]
-            for name, told in found.items()
-            if name != base and not name.endswith(moving.HALF)
-        }
+        return {name.removeprefix(f"{base}/"): told["size"] for name, told in found.items() if name != base}
 
     def names(self, below: str) -> list[str]:
         """What stands directly below a name."""

@@ -80,6 +80,7 @@ def test_a_push_that_is_killed_anywhere_shows_no_half_artifact_and_is_finished_b
             break
         mirrored(f"{address}/{after}", run).push_all(nothing)
         assert list(check_readers(f"{address}/{after}")) == STAGES[:2]
+        assert not list(Path(address, str(after)).glob("run/iter-*/*/*/**/*.half"))
         there = pulled(f"{address}/{after}", tmp_path / f"there-{after}")
         assert tree(there.path) == tree(run.path)
     else:

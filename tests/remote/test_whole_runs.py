@@ -57,6 +57,7 @@ def test_every_stage_is_in_the_store_when_the_run_ends(at_kept_run):
     assert len(found) == 8
     for directory, one in found.items():
         assert one.content == (run.path / directory / "manifest.json").read_bytes()
+    assert f'store = "{at_kept_run}/store"' in Path("runs/r/recipe.toml").read_text()  # wherever it is resumed from
     for name in ("recipe.toml", "run.json"):
         assert Path(f"store/r/{name}").read_bytes() == Path(f"runs/r/{name}").read_bytes()
     result = selfimprove("push", "r", "--verify")
