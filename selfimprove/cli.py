@@ -487,6 +487,71 @@ def gc(
 
 
 @app.command()
+def push(
+    run: RunName,
+    to: Annotated[
+        Optional[str],
+        typer.Option("--to", metavar="STORE", help="Folder or URL; machine.store otherwise."),
+    ] = None,
+    reading: Annotated[
+        bool, typer.Option("--verify", help="Read back every file that the store has of the run; 3 when one differs.")
+    ] = False,
+) -> None:
+    """Keep whatever a run has published in a store as well: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or a folder."""
+    from rich.console import Console
+
+    from selfimprove.disk import told
+    from selfimprove.remote import mirror
+    from selfimprove.report.escape import line
+    from selfimprove.report.progress import Moving
+
+    found, chosen = _open(run)
+    kept = mirror.of(to or chosen.machine.store, found)
+    if kept is None:
+        raise UsageError(
+            f"run '{run}' names no store in machine.store", f"selfimprove push {run} --to s3://BUCKET/PREFIX"
+        )
+    kept.store.probe()
+    with told(found.path, run), found.lock(), Moving(Console(stderr=True), "into the store") as bar:
+        pushed = kept.push_all(bar.progress)
+    print(kept.address)
+    print(f"{len(pushed)} stages pushed" if pushed else "every stage was there already", file=sys.stderr)
+    if not reading:
+        return
+    with Moving(Console(stderr=True), "reading back") as bar:
+        wrong = kept.altered(bar.progress)
+    for sentence in wrong:
+        print(line(sentence))
+    print(f"{len(wrong)} broken", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(3)
+
+
+@app.command()
+def pull(
+    address: Annotated[str, typer.Argument(metavar="STORE/RUN", help="For example s3://BUCKET/PREFIX/default.")],
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the run's directory is made.")] = RUNS,
+) -> None:
+    """Make a run's directory from what a store has of it, or bring it whatever it lacks; every byte is checked."""
+    from rich.console import Console
+
+    from selfimprove import recipe_file
+    from selfimprove.remote import mirror
+    from selfimprove.report.escape import line
+    from selfimprove.report.progress import Moving
+    from selfimprove.run import point_links
+
+    told: list[str] = []
+    with Moving(Console(stderr=True), "from the store") as bar:
+        found = mirror.pull(address, runs, bar.progress, told.append)
+    point_links(found, recipe_file.load(found.recipe_file))
+    print(found.path)
+    for sentence in told or ["nothing was missing here"]:
+        print(line(sentence), file=sys.stderr)
+    print(f"\nhint: selfimprove resume {found.name}", file=sys.stderr)
+
+
+@app.command()
 def report(
     run: RunName,
     out: Annotated[Optional[Path], typer.Option(help="File to write; runs/RUN/report.html otherwise.")] = None,

@@ -77,6 +77,9 @@ def absolute(recipe: Recipe) -> Recipe:
     if recipe.evaluate.benchmarks:
         benchmarks = [_absolute_benchmark(one) for one in recipe.evaluate.benchmarks]
         changed["evaluate"] = recipe.evaluate.model_copy(update={"benchmarks": benchmarks})
+    if recipe.machine.store and "://" not in recipe.machine.store:
+        store = str(Path(recipe.machine.store).expanduser().resolve())
+        changed["machine"] = recipe.machine.model_copy(update={"store": store})
     return recipe.model_copy(update=changed)
 
 
