@@ -8,7 +8,8 @@ from selfimprove.engine.checkpoints import configuration
 from selfimprove.errors import UserError
 from selfimprove.machine_file import Hardware
 from selfimprove.plan import INITIAL, Step
-from selfimprove.recipe import Machine, Optimizer, Recipe
+from selfimprove.recipe import Machine, Optimizer, Recipe, Train
+from selfimprove.training.footprint import footprint
 
 GIB = 2**30
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a weight
@@ -37,20 +38,25 @@ def of_training(step: Step, optimizer: Optimizer, recipe: Recipe, model: bounds.
     """Bytes of weights, gradients, moments, references and logits of one training process; None without a model."""
     if model is None:
         return None
-    machine = recipe.machine
-    parts = machine.num_processes * machine.nodes if machine.sharding == "fsdp" else 1
-    trained = model.trained(optimizer) * bounds.FLOAT
-    frozen = model.bytes // (8 if optimizer.adapter and optimizer.adapter.quantize else 1)
-    references = len(getattr(step.section, "references", ()))
-    held = {
-        "weights": frozen + (trained if optimizer.adapter else 0),
-        "gradients": trained,
-        "moments": bounds.MOMENTS * trained,
-        "references": references * model.bytes,
-    }
-    return {what: -(-number // parts) for what, number in held.items() if number} | {
-        "logits": machine.logits_mib * 2**20
-    }
+    trained = model.trained(optimizer)
+    parameters = model.parameters + (trained if optimizer.adapter else 0)
+    found = footprint(parameters, trained, optimizer, recipe.machine, _beside(step, optimizer))
+    held = {what: number for what, number in found._asdict().items() if number}
+    return held | {"logits": recipe.machine.logits_mib * 2**20}
+
+
+def _beside(step: Step, optimizer: Optimizer) -> int:
+    """Models that lie beside the policy while it is trained.
+
+    A reference that stays scores before the training and is gone then: that is less than gradients and moments of a
+    whole policy take, and more than an adapter's.
+    """
+    section = step.section
+    if not isinstance(section, Train):
+        return 0
+    moving = len(section.references) if section.reference_sync else int("ema" in section.references)
+    noisy = section.noise is not None and section.noise.kind != "constant_margin"
+    return max(moving + noisy, int(optimizer.adapter is not None and bool(section.references)))
 
 
 def sharing(kind: str, machine: Machine, hardware: Hardware) -> int:

@@ -20,7 +20,7 @@ from selfimprove.recipe import Machine, Recipe
 from selfimprove.stages import evaluate, generate, improve, sft, synthesize
 from selfimprove.store import Run, read_json
 
-SHARD = 1024  # requests of one shard at most
+WINDOW, SMALLEST, LARGEST, PARTS = 16_384, 256, 2_048, 8  # requests, and shards of a window
 
 
 class Work(NamedTuple):
@@ -84,9 +84,9 @@ class _Machine:
             requests = _requests(step, self.rules, self.amounts)
         except UserError:  # a file is gone, which the estimate says
             requests = None
-        shards = None if requests is None else [math.ceil(number / SHARD) for number in requests]
+        cut = None if requests is None else [shards(number) for number in requests]
         held = memory.of_engine(self.recipe, self.rules, self.hardware)
-        return [Work("ask", self._engines(), self.machine.tensor_parallel, shards, held)]
+        return [Work("ask", self._engines(), self.machine.tensor_parallel, cut, held)]
 
     def _engines(self) -> int | None:
         if self.machine.executor != "static":
@@ -178,11 +178,18 @@ class _Machine:
         return warnings
 
 
+def shards(requests: int) -> int:
+    """The shards that the requests of one call are cut into, whatever the number of workers."""
+    windows, rest = divmod(requests, WINDOW)
+    return sum(
+        math.ceil(rows / min(LARGEST, max(SMALLEST, math.ceil(rows / PARTS)))) for rows in [WINDOW] * windows + [rest]
+    )
+
+
 def _idle(work: list[Work]) -> list[str]:
     """Workers for which there are no shards."""
     return [
-        f"{most} shard{'s' if most > 1 else ''} of up to {SHARD} requests at once:"
-        f" {one.workers - most} of {one.workers} workers have nothing to do"
+        f"shards for {most} at once: {one.workers - most} of {one.workers} workers have nothing to do"
         for one in work
         if one.workers and one.shards and (most := max(one.shards)) < one.workers
     ]
