@@ -50,13 +50,18 @@ def told(machine: Machine, hardware: Hardware | None) -> str:
         else ""
     )
     per_engine = f", each on {machine.tensor_parallel} devices" if machine.tensor_parallel > 1 else ""
-    engines = "one engine a rank" if machine.executor == "static" else f"{machine.workers} engines"
+    engines = "an engine a rank" if machine.executor == "static" else counted(machine.workers, "engine")
     nodes = f" on each of {machine.nodes} nodes" if machine.nodes > 1 else ""
     sharding = f", {machine.sharding}" if machine.num_processes * machine.nodes > 1 else ""
     return (
         f"machine: {devices}executor {machine.executor}, {engines}{per_engine};"
-        f" training in {machine.num_processes} processes{nodes}{sharding}"
+        f" training in {counted(machine.num_processes, 'process')}{nodes}{sharding}"
     )
+
+
+def counted(number: int, what: str) -> str:
+    """`1 engine`, `8 processes`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def table(shown: Sequence[tuple[str, Placement]]) -> Table:
