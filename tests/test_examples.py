@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tomllib
@@ -14,7 +16,8 @@ import pytest
 import typer
 import yaml
 
-from selfimprove import cli, machine_file, recipe_file
+from selfimprove import cli, machine_file, preflight, recipe_file
+from selfimprove.data import SHIPPED
 from tests.conftest import QUICK, cut, selfimprove
 from tests.paths import ROOT
 
@@ -368,12 +371,57 @@ class TestSkyPilot:
         assert ended.returncode == 7
 
 
-def test_every_command_of_the_page_is_one_of_ours_and_every_example_is_on_it():
-    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-    for path in [*MACHINES, *SCRIPTS, *EXAMPLES.glob("*/*.yaml")]:
-        assert path.name in page, path
-    for snippet in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
-        table = tomllib.loads(snippet)
-        assert set(table) <= {"machine", "hardware"}
-    for link in re.findall(r"\]\(([^)#h][^)]*)\)", page):
-        assert (ROOT / "docs" / link).exists(), link
+class TestPage:
+    page = ROOT / "docs" / "cluster.md"
+
+    def test_every_example_is_on_it_and_every_command_and_table_of_it_is_valid(self, tmp_path, monkeypatch):
+        text = self.page.read_text(encoding="utf-8")
+        for path in [*MACHINES, *SCRIPTS, *EXAMPLES.glob("*/*.yaml")]:
+            assert f"../examples/{path.parent.name}/{path.name}" in text, path
+        for link in re.findall(r"\]\(([^)#h][^)]*)\)", text):
+            assert (ROOT / "docs" / link).exists(), link
+        for number, snippet in enumerate(re.findall(r"```toml\n(.*?)```", text, re.DOTALL)):
+            file = tmp_path / f"{number}.toml"
+            file.write_text(snippet)
+            assert set(machine_file.read(file).hardware.model_dump()) == set(machine_file.Hardware.model_fields)
+        monkeypatch.chdir(ROOT)
+        commands = re.findall(r"^selfimprove (.*)$", text, re.MULTILINE)
+        assert len(commands) >= 2
+        for command in commands:
+            parsed(shlex.split(command))
+
+    def test_the_plan_that_it_shows_is_what_is_printed(self, in_tmp, monkeypatch):
+        """Of a model of Llama 3.1 8B's shape, of which only the headers are there: nothing else is read."""
+        of_shape(Path("model"), layers=32, hidden=4096, inner=14336, kept=1024, vocabulary=128_256)
+        Path("data").mkdir()
+        rows = {
+            "ultrafeedback_seeds.jsonl": (18_000, lambda i: json.dumps({"prompt": f"sort {i}", "completion": "a b"})),
+            "heldout.jsonl": (500, lambda i: json.dumps({"prompt": f"reverse {i}", "answer": "b a"})),
+            "corpus.txt": (500, lambda i: f"some words about {i} and other things that come to mind"),
+        }
+        for name, (number, row) in rows.items():
+            Path("data", name).write_text("".join(f"{row(i)}\n" for i in range(number)))
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(preflight, "check", lambda chosen: None)  # of 18,000 seeds, which would take half a minute
+        command = ["plan", "synpo_7b", "--set", "model.path=model", "--set", "rounds=1"]
+        told = selfimprove(*command, "--machine", str(EXAMPLES / "slurm/machine.toml"))
+        assert told.code == 0, told.err
+        printed = [line.rstrip() for line in told.out.partition("machine: ")[2].splitlines()]
+        shown = re.search(r"```\nmachine: (.*?)\n```", self.page.read_text(encoding="utf-8"), re.DOTALL)[1]
+        assert shown.splitlines() == printed
+
+
+def of_shape(model: Path, layers: int, hidden: int, inner: int, kept: int, vocabulary: int) -> None:
+    """A model directory with the demo's tokenizer, and weights that are nothing but their header."""
+    shutil.copytree(SHIPPED["demo:model"], model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": 32, "head_dim": 128}
+    config |= {"num_key_value_heads": 8, "max_position_embeddings": 8192}
+    (model / "config.json").write_text(json.dumps(config))
+    shapes = {"embed": [vocabulary, hidden], "head": [vocabulary, hidden], "norm": [hidden]}
+    for layer in range(layers):
+        matrices = [[hidden, hidden], [kept, hidden], [kept, hidden], [hidden, hidden]]
+        matrices += [[inner, hidden], [inner, hidden], [hidden, inner], [hidden], [hidden]]
+        shapes |= {f"{layer}.{place}": shape for place, shape in enumerate(matrices)}
+    header = json.dumps({name: {"dtype": "BF16", "shape": shape} for name, shape in shapes.items()}).encode()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
