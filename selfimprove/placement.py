@@ -247,18 +247,27 @@ def _measured(
         return None, f"{taken.how} was measured on {device}, which says nothing about {hardware.device}"
     factors = []
     for one in work:
-        if one.kind == "train":
-            factors.append(_processes(before) / _processes(machine))
-        elif before["executor"] == "static" == machine.executor:
-            factors.append(1.0)  # by as many ranks
-        elif before["executor"] == "static" or one.workers is None:
-            return None, f"{taken.how} was measured, but the number of static ranks is not known"
-        else:
-            then, now = _busy(int(before["workers"]), one.shards), _busy(one.workers, one.shards)
-            factors.append((then or 1) / (now or 1))
+        factor = _share(one, before, machine, on_cpu=not (receipt.get("hardware") or {}).get("gpus"))
+        if isinstance(factor, str):
+            return None, f"{taken.how} was measured, but {factor}"
+        factors.append(factor)
     factor = max(factors)
     mixed = "" if math.isclose(min(factors), factor) else " at most: training and asking are measured as one"
     return taken.seconds * factor, f"{taken.how}, x {factor:.3g} by workers{mixed}" if factor != 1 else taken.how
+
+
+def _share(work: Work, before: Mapping[str, Any], machine: Machine, *, on_cpu: bool) -> float | str:
+    """What the time of a kind of work is multiplied with on another machine, or why that is not known."""
+    if on_cpu and {"local"} != {before["executor"], machine.executor}:
+        return "workers of one node share its processor, and on how many nodes they are is not known"
+    if work.kind == "train":
+        return float(before["nodes"] / machine.nodes) if on_cpu else _processes(before) / _processes(machine)
+    if on_cpu or before["executor"] == "static" == machine.executor:
+        return 1.0  # the same processor; or by as many ranks
+    if before["executor"] == "static" or work.workers is None:
+        return "the number of static ranks is not known"
+    then, now = _busy(int(before["workers"]), work.shards), _busy(work.workers, work.shards)
+    return (then or 1) / (now or 1)
 
 
 def _receipt(run: Path, name: str) -> dict[str, Any]:

@@ -45,7 +45,6 @@ SBATCH_PROGRAM = """#!/usr/bin/env bash
 echo "$@" >> "$RECORD/sbatch"
 echo "4711;cluster"
 """
-SCONTROL = "#!/usr/bin/env bash\nprintf 'node1\\nnode2\\n'\n"
 
 
 class Call:
@@ -81,7 +80,7 @@ def calls(in_tmp, monkeypatch):
     programs, record = in_tmp / "bin", in_tmp / "record"
     programs.mkdir()
     record.mkdir()
-    for name, text in {"selfimprove": FAKE, "srun": SRUN, "sbatch": SBATCH_PROGRAM, "scontrol": SCONTROL}.items():
+    for name, text in {"selfimprove": FAKE, "srun": SRUN, "sbatch": SBATCH_PROGRAM}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     (in_tmp / "work").mkdir()
@@ -209,7 +208,8 @@ class TestSlurm:
         assert [call.rank for call in found] == [(rank, nodes * tasks) for rank in range(nodes * tasks)]
         assert {call.environment["CUDA_VISIBLE_DEVICES"] for call in found} == {str(gpu) for gpu in range(tasks)}
         assert driver.arguments[0] == "iterate"
-        assert set(driver.settings) == {"machine.nodes=16", "machine.rendezvous=node1:22345"}
+        assert driver.settings == ["machine.nodes=16"]
+        assert {call.environment["SLURM_JOB_NODELIST"] for call in found} == {"node[1-2]"}  # where training meets
         parsed(driver.arguments)
         where = machine_file.read(driver.machine)
         assert where.machine["executor"] == "static"
@@ -350,7 +350,9 @@ class TestSkyPilot:
         for rank, call in enumerate(found):
             assert call.environment["CUDA_VISIBLE_DEVICES"] == str(rank % int(gpus))
         driver, *followers = found
-        assert set(driver.settings) == {f"machine.nodes={world}", "machine.rendezvous=10.0.0.7:29500"}
+        assert driver.settings == [f"machine.nodes={world}"]
+        meeting = {(call.environment["MASTER_ADDR"], call.environment["MASTER_PORT"]) for call in found}
+        assert meeting == {("10.0.0.7", "29500")}
         where = machine_file.read(driver.machine)
         assert (where.hardware.ranks, where.hardware.device) == (world, name)
         parsed(driver.arguments)

@@ -193,9 +193,16 @@ class TestMemory:
 class TestTime:
     @pytest.fixture(autouse=True)
     def measured(self, fake_run):
-        """Round 1 is measured, on this machine's processor, by one worker and one process."""
+        """Round 1 is measured, by one worker and one process, as if on a GPU."""
         shutil.rmtree(fake_run / "iter-002")
         self.run = fake_run
+        self.on([{"name": "NVIDIA H100 80GB HBM3"}])
+
+    def on(self, gpus: list | None) -> None:
+        for path in (self.run / "receipts").glob("*.json"):
+            told = json.loads(path.read_text())
+            told["hardware"]["gpus"] = gpus
+            path.write_text(json.dumps(told))
 
     def seconds(self, stage: str) -> float:
         return store.read_manifest(self.run / f"iter-001/{stage}").seconds
@@ -213,11 +220,24 @@ class TestTime:
         assert many["seconds"] == pytest.approx(alone["seconds"] / 3)  # no more than three have something to do
         assert many["notes"] == ["shards for 3 at once: 61 of 64 workers have nothing to do"]
 
+    def test_workers_of_a_node_share_its_processor(self):
+        self.on(None)
+        for machine in ("workers = 1", "workers = 4\nnum_processes = 2"):
+            told = planned("fake", "--machine", written(f"[machine]\n{machine}\n"))
+            assert told["2/evaluate"]["seconds"] == pytest.approx(self.seconds("5-evaluate"), rel=1e-6)
+        told = planned("fake", "--machine", written("[machine]\nnodes = 2\n"))
+        assert told["2/train"]["seconds"] == pytest.approx(
+            planned("fake", "--machine", written("[machine]\nnodes = 1\n"))["2/train"]["seconds"] / 2
+        )
+        told = planned("fake", "--machine", written("[machine]\nexecutor = 'ray'\nworkers = 4\n"))["2/evaluate"]
+        assert told["seconds"] is None
+        assert "share its processor" in told["how"]
+
     def test_a_time_on_another_device_says_nothing_and_rates_are_taken(self):
-        hardware = "[hardware]\ndevice = 'H100'\nmemory_gib = 80\ndevices_per_node = 8\n"
+        hardware = "[hardware]\ndevice = 'A100'\nmemory_gib = 80\ndevices_per_node = 8\n"
         told = planned("fake", "--machine", written("[machine]\nworkers = 2\n" + hardware))
         assert told["2/evaluate"]["seconds"] is None
-        assert "which says nothing about H100" in told["2/evaluate"]["how"]
+        assert "measured on NVIDIA H100 80GB HBM3, which says nothing about A100" in told["2/evaluate"]["how"]
         rated = planned(
             "fake", "--machine", written("[machine]\nworkers = 2\n" + hardware + "generation_tokens_per_s = 100\n")
         )
@@ -228,8 +248,8 @@ class TestTime:
         )
         assert rated["2/evaluate"]["seconds"] == pytest.approx(tokens / 100 / 1.5)
         assert rated["2/train"]["seconds"] is None  # it has no rate for that
-        on_cpu = hardware.replace("H100", "cpu")
-        assert planned("fake", "--machine", written("[machine]\n" + on_cpu))["2/evaluate"]["seconds"] is not None
+        same = hardware.replace("A100", "H100 80GB")
+        assert planned("fake", "--machine", written("[machine]\n" + same))["2/evaluate"]["seconds"] is not None
 
     def test_a_receipt_of_an_earlier_version_does_not_say_how_many_worked(self):
         for path in (self.run / "receipts").glob("*.json"):
@@ -251,7 +271,7 @@ class TestTime:
         assert planned("fake", "--machine", file)["2/evaluate"]["work"][0]["workers"] == 2
         monkeypatch.setenv("WORLD_SIZE", "3")
         assert planned("fake", "--machine", file)["2/evaluate"]["work"][0]["workers"] == 3
-        said = "[hardware]\ndevice = 'cpu'\nmemory_gib = 64\ndevices_per_node = 1\nranks = 5\n"
+        said = "[hardware]\ndevice = 'H100'\nmemory_gib = 80\ndevices_per_node = 8\nranks = 5\n"
         told = planned("fake", "--machine", written("[machine]\nexecutor = 'static'\n" + said))["2/evaluate"]
         assert told["work"][0]["workers"] == 5
         assert told["seconds"] == pytest.approx(self.seconds("5-evaluate") / 3)

@@ -4,8 +4,9 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 run=${RUN:-$(basename "$RECIPE" .toml)}
-head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
-export WORLD_SIZE=$((SKYPILOT_NUM_NODES * SKYPILOT_NUM_GPUS_PER_NODE))
+WORLD_SIZE=$((SKYPILOT_NUM_NODES * SKYPILOT_NUM_GPUS_PER_NODE))
+MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) # where training meets
+export WORLD_SIZE MASTER_ADDR MASTER_PORT=29500
 
 cd "${WORK:-.}"
 ranks=()
@@ -14,7 +15,7 @@ for ((gpu = 0; gpu < SKYPILOT_NUM_GPUS_PER_NODE; gpu++)); do
     export RANK=$((SKYPILOT_NODE_RANK * SKYPILOT_NUM_GPUS_PER_NODE + gpu)) CUDA_VISIBLE_DEVICES=$gpu
     if [ "$RANK" -eq 0 ]; then
         selfimprove iterate "$RECIPE" --run "$run" --machine "$here/machine.toml" \
-            --set machine.nodes="$WORLD_SIZE" --set machine.rendezvous="$head:29500" &
+            --set machine.nodes="$WORLD_SIZE" &
     else
         selfimprove work "$run" &
     fi
