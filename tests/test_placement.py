@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from selfimprove import bounds, machine_file, memory, placement, recipe_file, store
+from selfimprove import bounds, machine_file, memory, pace, recipe_file, store
 from selfimprove.data import SHIPPED
 from selfimprove.errors import UserError
 from selfimprove.machine_file import Hardware
@@ -107,11 +107,11 @@ def test_shards_are_those_that_the_executors_cut(requests):
         pytest.skip("selfimprove.execution is not there yet")
     work = Work("complete", "m", "identity", {}, None, "logs")
     windows = [min(WINDOW, requests - start) for start in range(0, requests, WINDOW)]
-    assert placement.shards(requests) == sum(len(list(cut(work, list(range(rows))))) for rows in windows)
+    assert pace.shards(requests) == sum(len(list(cut(work, list(range(rows))))) for rows in windows)
 
 
 def test_a_paper_sized_round_has_shards_for_dozens_of_workers():
-    assert placement.shards(50_000) == 3 * 8 + 4
+    assert pace.shards(50_000) == 3 * 8 + 4
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8, 100])
@@ -123,9 +123,9 @@ def test_how_many_are_busy_is_what_a_simulation_of_turns_says(workers, cut):
         while left > 0:
             left -= min(left, workers)
             turns += 1
-    assert placement._busy(workers, cut) == pytest.approx(sum(cut) / turns)
-    assert placement._busy(None, cut) is None
-    assert placement._busy(workers, None) == workers
+    assert pace.busy(workers, cut) == pytest.approx(sum(cut) / turns)
+    assert pace.busy(None, cut) is None
+    assert pace.busy(workers, None) == workers
 
 
 class TestMemory:
@@ -158,6 +158,8 @@ class TestMemory:
         small = self.hardware(16)
         (said,) = memory.tight(memory.of_engine(chosen, known, small), chosen, known, small)
         assert "leave no cache" in said
+        assert memory._token(chosen, known) == 2 * 32 * 8 * 128 * 2
+        assert memory._token(*rules("machine.tensor_parallel=4")) == 2 * 32 * 2 * 128 * 2  # heads are divided
         # Llama 3's 8B takes 128 KiB a token: 2 x 32 layers x 8 heads x 128 x 2 bytes; 4096 of them are half a GiB
         weights = EIGHT_B * 2 / GIB
         for room, fits in ((0.51, True), (0.49, False)):
@@ -289,6 +291,33 @@ class TestTime:
         assert not imported & {"torch", "transformers", "vllm", "ray"}
 
 
+def test_rates_take_what_is_trained_apart_from_what_is_written(in_tmp):
+    """Of `synpo`: generator and improver are trained first, and its search for beta scores what is there."""
+    hardware = "[hardware]\ndevice = 'A100'\nmemory_gib = 80\ndevices_per_node = 8\n"
+    rates = "generation_tokens_per_s = 10.0\ntraining_tokens_per_s = 1000.0\n"
+    file = written("[machine]\nworkers = 4\nnum_processes = 2\n" + hardware + rates)
+    searched = [
+        *("--set", "train.search={betas=[1.0, 2.0]}"),
+        *("--set", "train.loss={name='simpo', gamma=1.0}"),
+    ]
+    told = planned("synpo", "--machine", file, *searched)
+    chosen = recipe_file.load(recipe_file.find("synpo"))
+    seeds = len(SHIPPED["demo:seeds"].read_text().splitlines())
+    trained = seeds * chosen.engine.max_model_len * chosen.synthesize.generator.epochs
+    written_tokens = chosen.synthesize.prompts * chosen.synthesize.sampling.max_tokens
+    turns = math.ceil(pace.shards(chosen.synthesize.prompts) / 4)
+    at_once = pace.shards(chosen.synthesize.prompts) / turns
+    assert told["1/synthesize"]["seconds"] == pytest.approx(trained / 2000 + written_tokens / (10 * at_once))
+    assert told["2/synthesize"]["seconds"] == pytest.approx(written_tokens / (10 * at_once))  # it is trained once
+    estimates = json.loads(selfimprove("plan", "synpo", "--json", *searched).out)
+    tokens = {f"{p['iteration']}/{p['stage'][2:]}": p["estimate"]["tokens"] for p in estimates}
+    assert [work["kind"] for work in told["1/train"]["work"]] == ["ask", "train"]
+    assert told["1/train"]["seconds"] == pytest.approx(tokens["1/train"] / 2000)
+    unknown = planned("synpo", "--machine", written("[machine]\n" + hardware + "generation_tokens_per_s = 10.0\n"))
+    assert unknown["2/synthesize"]["seconds"] is not None
+    assert unknown["1/synthesize"]["how"].endswith("[hardware] has no training_tokens_per_s")
+
+
 class TestWhatIsShown:
     def test_a_machine_that_is_too_small_is_told(self, in_tmp):
         text = "[machine]\nworkers = 9\nnum_processes = 12\n"
@@ -311,9 +340,9 @@ class TestWhatIsShown:
         receipt = {"hardware": {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}], "cpu": "x"}}
         for device, same in (("H100", True), ("h100 80gb", True), ("A100", False), ("cpu", False)):
             hardware = Hardware(device=device, memory_gib=80, devices_per_node=8)
-            assert placement._same(hardware, receipt) is same
+            assert pace._same(hardware, receipt) is same
         cpu = Hardware(device="CPU", memory_gib=64, devices_per_node=1)
-        assert placement._same(cpu, {"hardware": {"gpus": None, "cpu": "x"}})
+        assert pace._same(cpu, {"hardware": {"gpus": None, "cpu": "x"}})
 
 
 def test_a_machine_file_has_the_same_keys_as_a_recipe():

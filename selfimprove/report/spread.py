@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from selfimprove.machine_file import Hardware
-from selfimprove.placement import Placement, Work
+from selfimprove.pace import Work
+from selfimprove.placement import Placement
 from selfimprove.plan import Examined, called
 from selfimprove.recipe import Machine
 from selfimprove.report.escape import line
