@@ -39,6 +39,10 @@ From = Annotated[
 ]
 Until = Annotated[Optional[str], typer.Option(metavar="STAGE", help="Stop after this stage.")]
 Only = Annotated[Optional[str], typer.Option(metavar="STAGE", help="Make just this stage.")]
+MachineFile = Annotated[
+    Optional[Path],
+    typer.Option("--machine", metavar="FILE.toml", help="Where it runs: its [machine] before the recipe's own."),
+]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in ./runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -72,6 +76,7 @@ def iterate(
     ] = None,
     seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of the run.")] = None,
     engine: Annotated[Optional[str], typer.Option(help="vllm, transformers or fake.")] = None,
+    machine: MachineFile = None,
     settings: Settings = None,
     again: From = None,
     until: Until = None,
@@ -81,9 +86,18 @@ def iterate(
     from selfimprove import recipe_file
 
     overrides = [f"{key}={json.dumps(value)}" for key, value in _given(rounds, model, seed, engine).items()]
-    chosen = recipe_file.load(recipe_file.find(recipe), [*overrides, *(settings or [])])
+    chosen = recipe_file.load(recipe_file.find(recipe), [*overrides, *(settings or [])], machine=_machine(machine))
     chosen = recipe_file.absolute(chosen)
     _go(chosen.name if run is None else run, chosen, again, until, only)
+
+
+def _machine(file: Path | None) -> dict[str, Any] | None:
+    """The keys of [machine] in a machine file."""
+    if file is None:
+        return None
+    from selfimprove import machine_file
+
+    return machine_file.read(file).machine
 
 
 def _given(rounds: int | None, model: str | None, seed: int | None, engine: str | None) -> dict[str, Any]:
@@ -92,9 +106,16 @@ def _given(rounds: int | None, model: str | None, seed: int | None, engine: str 
 
 
 @app.command()
-def resume(run: RunName, again: From = None, until: Until = None, only: Only = None) -> None:
+def resume(
+    run: RunName, machine: MachineFile = None, again: From = None, until: Until = None, only: Only = None
+) -> None:
     """Finish a run that was stopped, killed or failed, or make a part of it."""
-    _go(run, _open(run)[1], again, until, only)
+    from selfimprove import recipe_file
+
+    found, chosen = _open(run)
+    if machine:
+        chosen = recipe_file.load(found.recipe_file, machine=_machine(machine))
+    _go(run, chosen, again, until, only)
 
 
 def _go(name: str, chosen: Any, again: str | None, until: str | None, only: str | None) -> None:
@@ -188,44 +209,52 @@ def study(
 @app.command()
 def plan(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or of a recipe not run yet.")],
+    machine: MachineFile = None,
     settings: Settings = None,
     again: From = None,
     until: Until = None,
     only: Only = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would run, stage by stage, why, and what it would take."""
-    from selfimprove import estimates, recipe_file
+    """What would run, stage by stage, why, and what it would take; with --machine also how it spreads over one."""
+    from selfimprove import estimates, machine_file, placement, recipe_file
     from selfimprove.plan import examine
     from selfimprove.run import place, select
 
+    where = machine_file.read(machine) if machine else None
+    keys = where.machine if where else None
     if (RUNS / run / "recipe.toml").is_file():
         found, _ = _open(run)
-        chosen = recipe_file.absolute(recipe_file.load(found.recipe_file, settings))
+        chosen = recipe_file.absolute(recipe_file.load(found.recipe_file, settings, machine=keys))
     else:
         from selfimprove.preflight import check
 
-        chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(run), settings))
+        chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(run), settings, machine=keys))
         found = place(RUNS, chosen.name)
         check(chosen)
     selection = select(chosen, again, until, only)
     examined = examine(found, chosen, selection.again)
-    taken = estimates.estimate(found, chosen, examined)
+    survey = estimates.survey(found, chosen, examined)
+    taken = survey.estimates
+    placed = placement.place(found, chosen, examined, survey, where.hardware) if where else {}
     shown = selection.of(examined)
     if as_json:
         _json(
             [
                 {"iteration": e.step.iteration, "stage": e.step.name, "plan": e.status, "why": e.reason}
                 | {"estimate": taken[e.step.directory]._asdict() if e.step.directory in taken else None}
+                | ({"machine": placement.plain(placed.get(e.step.directory))} if where else {})
                 for e in shown
             ]
         )
         return
     from rich.console import Console
 
-    from selfimprove.report import planning
+    from selfimprove.report import planning, spread
 
     planning.show(shown, taken, Console())
+    if where:
+        spread.show(shown, placed, chosen.machine, where.hardware, Console())
 
 
 @app.command()
@@ -255,6 +284,7 @@ def fork(
 @app.command()
 def check(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a TOML file.")],
+    machine: MachineFile = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -263,7 +293,8 @@ def check(
     from selfimprove.preflight import rehearse
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(recipe), settings))
+    named = recipe_file.find(recipe)
+    chosen = recipe_file.absolute(recipe_file.load(named, settings, machine=_machine(machine)))
     found = rehearse(chosen)
     if as_json:
         _json([one._asdict() for one in found])

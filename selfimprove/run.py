@@ -439,7 +439,8 @@ def move_aside(run: Run, names: Sequence[str]) -> list[str]:
 def write_receipt(run: Run, chosen: Recipe, command: list[str]) -> str:
     """Write what this call works with into the run; returns its name, which the manifests bear."""
     sources = Sources(run, chosen)
-    return receipts.write(run.path, command, chosen.seed, sources.path(INITIAL), str(sources.digest(INITIAL)))
+    model, identity = sources.path(INITIAL), str(sources.digest(INITIAL))
+    return receipts.write(run.path, command, chosen.seed, model, identity, chosen.machine)
 
 
 def point_links(run: Run, chosen: Recipe) -> None:
