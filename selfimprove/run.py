@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from selfimprove import boundary, collected, disk, estimates, receipts, recipe_file
 from selfimprove.errors import UsageError, UserError
-from selfimprove.execution import Executors
+from selfimprove.execution import Executors, ranks
 from selfimprove.interrupts import Interrupts
 from selfimprove.masking import masked_all
 from selfimprove.models import is_hub_id, locate_model
@@ -175,6 +175,8 @@ def iterate(
         UserError: something the user can mend; nothing half-written is left.
     """
     began = time.monotonic()
+    if chosen.machine.executor == "static":
+        ranks.driver()
     if not run.exists():
         check(chosen)
         with disk.told(run.path, run.name):

@@ -1,6 +1,6 @@
 """Asking a model about any number of rows: cut into shards, carried out by whoever there is, answered in order."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,8 @@ def ask(
         UserError: the engine cannot serve, or a shard's file is damaged again and again.
     """
     waiting: deque[Shard] = deque()  # in the order of the rows
+    again: deque[Shard] = deque()  # were done, and their files are damaged
+    damaged: Counter[str] = Counter()
     done: set[str] = set()
     answered: dict[str, int] = {}  # rows of shards that are not passed on yet
     passed = 0
@@ -57,29 +59,42 @@ def ask(
                     done.add(shard.id)
                     heard(shard.id, len(shard.rows))
 
+    def todo(fresh: Iterator[Shard]) -> Iterator[Shard]:
+        for shard in fresh:
+            while again:
+                yield again.popleft()
+            yield shard
+        while again:
+            yield again.popleft()
+
     def finished() -> Iterator[Any]:
         nonlocal passed
         while waiting and waiting[0].id in done:
-            shard = waiting.popleft()
-            found = _read(executor, folder, work, shard)
+            shard = waiting[0]
+            found = answers(folder, work, shard)
+            if found is None:
+                done.remove(shard.id)
+                damaged[shard.id] += 1
+                if damaged[shard.id] == TRIES:
+                    raise UserError(
+                        f"{folder / shard.id}.done is damaged each time that it is written",
+                        "look at the disk it lies on",
+                    )
+                again.append(shard)
+                return
+            waiting.popleft()
             answered.pop(shard.id, None)
             passed += len(shard.rows)
             yield from found
 
-    for name in executor.map_shards(folder, work, undone(), heard):
-        done.add(name)
+    fresh = undone()
+    while True:
+        for name in executor.map_shards(folder, work, todo(fresh), heard):
+            done.add(name)
+            yield from finished()
         yield from finished()
-    yield from finished()
+        if not again:
+            break
     if waiting:
         interrupts.check()
         raise RuntimeError(f"{len(waiting)} shards were not carried out")
-
-
-def _read(executor: Executor, folder: Path, work: Work, shard: Shard) -> list[Any]:
-    for _ in range(TRIES):
-        found = answers(folder, work, shard)
-        if found is not None:
-            return found
-        for _ in executor.map_shards(folder, work, [shard], lambda name, count: None):
-            pass
-    raise UserError(f"{folder / shard.id}.done is damaged each time that it is written", "look at the disk it lies on")
