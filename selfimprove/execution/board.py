@@ -5,9 +5,9 @@
     00000012-ID.task-3       a shard that nobody has begun, and the rank whose share it is
     00000012-ID.taken-3      a shard that rank 3 is at; removed when it is published
 
-A rank takes a shard by renaming its file, in which one of several succeeds. Nothing compares the clocks of two machines:
-who is alive is known by a counter that grows. Each rank writes into the folder every few seconds, and that also keeps
-fresh what an NFS client remembers of it.
+A rank takes a shard by renaming its file, in which one of several succeeds. Nothing compares the clocks of two
+machines: who is alive is known by a counter that grows. Each rank writes into the folder every few seconds, and that
+also keeps fresh what an NFS client remembers of it.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ is found.
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Carrier:
         self._engines = Engines(Path(logs) / f"ray-{number}.log")
         self._stop = interrupts.Interrupts(lambda: None)
         self._stop.__enter__()
+        self._one = threading.Lock()  # a call that was lost on the way back may still be under way when it is repeated
         self._answered = 0
 
     def ready(self) -> None:
@@ -52,10 +54,13 @@ class Carrier:
 
     def carry(self, folder: str, name: str, only: list[int] | None) -> tuple[str, str, str | None]:
         """Carry out a shard; how that ended: "done", "stopped", or "failed" and why."""
-        self._answered = 0
         try:
-            work, shard = asked(Path(folder), name)
-            carry_out(self._engines, self._machine, Path(folder), work, shard, self._heard, only)
+            with self._one:
+                if (Path(folder) / f"{name}.done").exists():
+                    return "done", "", None
+                self._answered = 0
+                work, shard = asked(Path(folder), name)
+                carry_out(self._engines, self._machine, Path(folder), work, shard, self._heard, only)
         except KeyboardInterrupt:
             self._stop.pending = False
             return "stopped", "", None
@@ -207,7 +212,7 @@ class RayPool:
             if time.monotonic() - self._alone > NOBODY:
                 raise UserError(
                     f"the Ray cluster has had no room for a worker for {NOBODY / 60:.0f} minutes",
-                    "ray status shows what it has; a worker takes a CPU, and machine.tensor_parallel GPUs if there are any",
+                    "ray status shows what it has; a worker takes a CPU, and machine.tensor_parallel GPUs if it can",
                 )
         else:
             self._alone = time.monotonic()
@@ -217,7 +222,10 @@ class RayPool:
         try:
             self._ray.get(worker.ready)
             worker.ready, self._deaths = None, 0
-        except self._ray.exceptions.RayActorError as error:  # its node went before it ran
+        except self._ray.exceptions.ActorUnavailableError:  # Ray is about to notice that its node went
+            time.sleep(TICK)
+            worker.ready = worker.actor.ready.remote()
+        except self._ray.exceptions.RayActorError as error:
             self._deaths += 1
             if self._deaths == DEATHS:
                 raise UserError(

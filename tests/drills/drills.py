@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +72,7 @@ def rank_lost(field: Field, began: float) -> Outcome:
 
 def rank_late(field: Field, began: float) -> Outcome:
     """The driver begins alone; a rank comes later, goes, and comes again."""
-    field.spoil(delay=SLOW, lost=60.0)
+    field.spoil(delay=3 * SLOW, lost=60.0)
     with ended(driver := field.drive("late", executor="static", environment=place(0, 2))):
         stopped(driver, field, "late", 1)
         for _ in range(2):
@@ -150,8 +149,7 @@ def corrupted(field: Field, began: float) -> Outcome:
     field.spoil(delay=SLOW)
     with ended(driver := field.drive("disk", workers=2)):
         stopped(driver, field, "disk", 3)
-        driver.send_signal(signal.SIGINT)
-        driver.wait(60)
+        driver.kill_group()
     done, part = field.done("disk")[0], field.parts("disk")[0]
     for path in (done, part):
         flip(path)
