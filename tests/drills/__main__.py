@@ -5,6 +5,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from tests.drills import drills
@@ -30,9 +31,10 @@ def main() -> int:
                 continue
             try:
                 one = drill(field, time.monotonic())
-            except Exception as error:
+            except Exception:
                 failed += 1
-                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                print(name, file=sys.stderr, flush=True)
+                traceback.print_exc()
                 continue
             failed += not one.good
             found.append(one.plain())
