@@ -158,6 +158,24 @@ def _go(name: str, chosen: Any, again: str | None, until: str | None, only: str 
 
 
 @app.command()
+def work(
+    run: RunName,
+    runs: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the driver's runs lie, as this machine sees it.")
+    ] = RUNS,
+) -> None:
+    """Follow a run of executor = "static" as RANK of WORLD_SIZE, or of SLURM's: carry out shards until it ends."""
+    from selfimprove import follower
+    from selfimprove.boundary import is_run_name
+
+    if not is_run_name(run):
+        raise UsageError(f"'{run}' cannot be a run's name", "letters, digits, '.', '_' and '-', no slash")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    follower.follow((runs / run).absolute())
+
+
+@app.command()
 def study(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML: worlds, arms, seeds; see docs/studies.md.")],
     jobs: Annotated[int, typer.Option(min=1, help="Runs made at once, each worker with an engine of its own.")] = 1,

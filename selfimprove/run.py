@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from selfimprove import boundary, collected, disk, estimates, receipts, recipe_file
 from selfimprove.errors import UsageError, UserError
-from selfimprove.execution import Executors
+from selfimprove.execution import Executors, ranks
 from selfimprove.interrupts import Interrupts
 from selfimprove.masking import masked_all
 from selfimprove.models import is_hub_id, locate_model
@@ -187,6 +187,8 @@ def iterate(
         UserError: something the user can mend; nothing half-written is left.
     """
     began = time.monotonic()
+    if chosen.machine.executor == "static":
+        ranks.driver()
     kept = mirror.of(chosen.machine.store, run)
     if not run.exists():
         check(chosen)

@@ -77,6 +77,13 @@ ANSWERS: dict[Task, Any] = {
 }
 
 
+def located(work: Work) -> Work:
+    """The same work for a process in another folder, or on another machine that sees the same files."""
+    policy = None if work.policy is None else str(Path(work.policy).absolute())
+    model, logs = str(Path(work.model).absolute()), str(Path(work.logs).absolute())
+    return msgspec.structs.replace(work, model=model, policy=policy, logs=logs)
+
+
 def cut(work: Work, rows: Sequence[Any]) -> Iterator[Shard]:
     """A window's rows as shards, in their order."""
     size = min(LARGEST, max(SMALLEST, -(-len(rows) // PARTS)))
@@ -89,7 +96,7 @@ def cut(work: Work, rows: Sequence[Any]) -> Iterator[Shard]:
 
 
 def ask(folder: Path, work: Work, shard: Shard) -> None:
-    """Write a shard's question, for a worker that has only the folder; an earlier one may name paths of another time."""
+    """Write a shard's question, for a worker that has only the folder; an old one may name paths of another time."""
     question = msgspec.msgpack.encode([msgspec.msgpack.encode(work), msgspec.msgpack.encode(shard.rows)])
     _write(folder / f"{shard.id}.ask", question)
 
