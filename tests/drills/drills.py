@@ -100,8 +100,10 @@ def driver_killed(field: Field, executor: str, began: float) -> Outcome:
         driver.wait()
         before = len(field.done(run))
         if not static:
-            _, alive = psutil.wait_procs(below, timeout=30)
-            assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE], alive
+            _, alive = psutil.wait_procs(below, timeout=15)
+            # Ray's agents hold no engine, and end when they miss their raylet
+            left = [one for one in alive if one.status() != psutil.STATUS_ZOMBIE and "Agent" not in one.name()]
+            assert not left, left
         with ended(again := field.drive(run, environment=environment, **settings)):
             finish(again)
         for follower in followers:
