@@ -12,13 +12,12 @@ from selfimprove import receipts
 from selfimprove.bounds import Rules
 from selfimprove.errors import UserError
 from selfimprove.estimates import Estimate
+from selfimprove.execution.shard import LARGEST, PARTS, SMALLEST, WINDOW
 from selfimprove.machine_file import Hardware
 from selfimprove.plan import Examined, Step
 from selfimprove.recipe import Machine
 from selfimprove.stages import improve, synthesize
 from selfimprove.store import read_json
-
-WINDOW, SMALLEST, LARGEST, PARTS = 16_384, 256, 2_048, 8  # requests, and shards of a window
 
 
 class Work(NamedTuple):

@@ -18,6 +18,7 @@ import yaml
 
 from selfimprove import cli, machine_file, preflight, recipe_file
 from selfimprove.data import SHIPPED
+from selfimprove.execution.ranks import rank_and_world
 from tests.conftest import QUICK, cut, selfimprove
 from tests.paths import ROOT
 
@@ -70,8 +71,7 @@ class Call:
     @property
     def rank(self) -> tuple[int, int]:
         """As the executor `static` reads it: RANK and WORLD_SIZE before SLURM_PROCID and SLURM_NTASKS."""
-        of = self.environment
-        return int(of.get("RANK", of.get("SLURM_PROCID", -1))), int(of.get("WORLD_SIZE", of.get("SLURM_NTASKS", -1)))
+        return rank_and_world(self.environment)
 
 
 @pytest.fixture

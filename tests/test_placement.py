@@ -101,10 +101,8 @@ class TestARunMovesToAnotherMachine:
 
 @pytest.mark.parametrize("requests", [0, 1, 255, 256, 257, 2048, 5000, 16_383, 16_384, 16_385, 50_000, 1_000_000])
 def test_shards_are_those_that_the_executors_cut(requests):
-    try:
-        from selfimprove.execution.shard import WINDOW, Work, cut
-    except ImportError:
-        pytest.skip("selfimprove.execution is not there yet")
+    from selfimprove.execution.shard import WINDOW, Work, cut
+
     work = Work("complete", "m", "identity", {}, None, "logs")
     windows = [min(WINDOW, requests - start) for start in range(0, requests, WINDOW)]
     assert pace.shards(requests) == sum(len(list(cut(work, list(range(rows))))) for rows in windows)

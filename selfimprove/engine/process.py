@@ -20,6 +20,14 @@ R = TypeVar("R")
 TICK = 0.2  # seconds between looks at what else there is to do
 DEATHS = 2  # of engines while they start, one after the other: then it is no accident
 LAST_LINES = 5  # of an engine's log that are quoted
+RANKS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # of ours, not of engines
 
 
 class HostError(UserError):
@@ -199,6 +207,8 @@ class HostProcess:
 
 def _environment(options: Options) -> dict[str, str]:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    for name in RANKS:
+        environment.pop(name, None)
     if options.threads is not None:
         environment["OMP_NUM_THREADS"] = str(options.threads)
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # bound threads spin beside any other load
