@@ -20,7 +20,7 @@ TORCH_FLAGS = $(TORCH_CPU_INDEX)
 endif
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup setup-cuda demo test lint types layers tests bench-train chaos fuzz docs lock
+.PHONY: all help setup setup-cuda demo test lint types layers tests test-gpu bench-train bench-dataflow chaos fuzz docs lock
 
 all: setup lint types layers tests  ## set up, lint, types, import layers, tests (the default)
 
@@ -56,6 +56,9 @@ layers:
 tests:
 	$(BIN)/python -m pytest
 
+test-gpu:  ## the tests that need an NVIDIA GPU
+	SELFIMPROVE_GPU=1 $(BIN)/python -m pytest -n0 tests/gpu
+
 CASES ?= 10000
 FUZZ ?=
 fuzz: setup  ## bad input: recipes, data files, artifacts (CASES=10000 FUZZ="--seed 1 --first 5000")
@@ -66,6 +69,10 @@ VOCAB ?= 1024 32768
 BENCH_ENV = HF_HUB_OFFLINE=1 TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false
 bench-train: setup  ## our training step beside TRL's (OUT=FILE.json REPEATS=5 VOCAB="1024 32768")
 	$(BENCH_ENV) $(BIN)/python -W ignore -m tests.bench.train --repeats $(REPEATS) --vocab $(VOCAB) $(if $(OUT),--out $(OUT))
+
+ROWS ?= 10000 100000
+bench-dataflow: setup  ## rows/s and memory from keywords to pairs, of ROWS="10000 100000" prompts (OUT=FILE.json)
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -W ignore -m tests.bench.dataflow --rows $(ROWS) $(if $(OUT),--out $(OUT))
 
 COUNT ?= 200
 CHAOS ?= /tmp/selfimprove-chaos

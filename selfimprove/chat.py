@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,35 @@ TEMPLATES = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined
 
 
 SECONDS = 10.0  # that a chat template may take for one prompt
+
+
+class Codec:
+    """A tokenizer's texts and ids, without special tokens of its own: the Rust tokenizer itself where there is one.
+
+    What transformers does around it, each time anew, costs several times the tokenizing.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        import transformers
+
+        self._tokenizer = tokenizer
+        self._rust: Any = None
+        if isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+            tokenizer.encode("", add_special_tokens=False)  # sets back truncation and padding that its file may ask for
+            self._rust = tokenizer.backend_tokenizer
+        self._decodes = self._rust is not None and not tokenizer.clean_up_tokenization_spaces
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts, on all cores unless TOKENIZERS_PARALLELISM says otherwise."""
+        if self._rust is None:
+            return [list(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out."""
+        if self._decodes:
+            return str(self._rust.decode(token_ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 class Chat:
@@ -47,14 +76,23 @@ class Chat:
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"model {model} has no end token (eos_token)", _SAVE_TOKENIZER)
         self.stop_token_ids = _end_tokens(model, int(self.tokenizer.eos_token_id))
+        self._codec = Codec(self.tokenizer)
+        begins, ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self._bos = None if begins == ends else begins
         self._control = _control_strings(self.tokenizer)
+        self._controls = re.compile("|".join(map(re.escape, self._control))) if self._control else None
 
     def prompt_ids(self, text: str, earlier: Sequence[Message] = ()) -> list[int]:
         """Token ids of a user turn up to where the assistant begins, after the turns before it.
 
         There is exactly one BOS where the model has one.
         """
-        return self._render([*earlier, Message(role="user", content=text)], add_generation_prompt=True)
+        return self.prompt_ids_of([(text, earlier)])[0]
+
+    def prompt_ids_of(self, prompts: Iterable[tuple[str, Sequence[Message]]]) -> list[list[int]]:
+        """The same of many, tokenized together: (user turn, the turns before it)."""
+        dialogues = ([*earlier, Message(role="user", content=text)] for text, earlier in prompts)
+        return self._encoded([self._rendered(turns, add_generation_prompt=True) for turns in dialogues])
 
     def completion_ids(self, prompt: str, completion: str) -> list[int]:
         """Token ids of the assistant's turn, end token included, as they continue `prompt_ids(prompt)`.
@@ -64,7 +102,7 @@ class Chat:
         """
         before = self.prompt_ids(prompt)
         turns = [Message(role="user", content=prompt), Message(role="assistant", content=completion)]
-        whole = self._render(turns, add_generation_prompt=False)
+        [whole] = self._encoded([self._rendered(turns, add_generation_prompt=False)])
         if whole[: len(before)] != before:
             raise UserError(
                 f"the chat template does not render a prompt as a prefix of prompt and answer: {prompt!r}",
@@ -76,9 +114,10 @@ class Chat:
 
     def text(self, token_ids: list[int]) -> str:
         """The text of a completion, without special tokens and surrounding white space."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+        return self._codec.decode(token_ids).strip()
 
-    def _render(self, turns: list[Message], *, add_generation_prompt: bool) -> list[int]:
+    def _rendered(self, turns: list[Message], *, add_generation_prompt: bool) -> list[str]:
+        """What the template makes of a dialogue, in the pieces that are to be encoded."""
         mark, masked = self._masked(turns)
         try:
             with _at_most(SECONDS):
@@ -91,29 +130,35 @@ class Chat:
             ) from None
         except (jinja2.TemplateError, MemoryError, RecursionError) as error:
             raise UserError(f"the model's chat template fails: {error}", "mend chat_template of the model") from None
-        ids: list[int] = []
-        for k, piece in enumerate(text.split(mark) if mark else [text]):
-            for part in _halves(self._control[int(piece)]) if k % 2 else [piece]:
-                ids += self.tokenizer.encode(part, add_special_tokens=False)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and bos != self.tokenizer.eos_token_id and ids.count(bos) > 1:
+        return [
+            part
+            for k, piece in enumerate(text.split(mark) if mark else [text])
+            for part in (_halves(self._control[int(piece)]) if k % 2 else [piece])
+        ]
+
+    def _encoded(self, dialogues: Sequence[list[str]]) -> list[list[int]]:
+        """The ids of dialogues that are given in pieces."""
+        pieces = iter(self._codec.encode_many([piece for pieces in dialogues for piece in pieces]))
+        found = [[token for _ in dialogue for token in next(pieces)] for dialogue in dialogues]
+        bos = self._bos
+        if bos is not None and any(ids.count(bos) > 1 for ids in found):
             raise UserError("the chat template adds a second BOS token", "remove one from the template or tokenizer")
-        return ids
+        return found
 
     def _masked(self, turns: list[Message]) -> tuple[str, list[Message]]:
         """Turns in which each control string is its number between two marks, and the mark; none where there is none.
 
         What a user or a model has written is never read as the template's own control tokens.
         """
-        pattern = "|".join(map(re.escape, self._control))
-        if not pattern or not any(re.search(pattern, turn["content"]) for turn in turns):
+        if self._controls is None or not any(self._controls.search(turn["content"]) for turn in turns):
             return "", turns
         written = "".join(turn["content"] for turn in turns)
         mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in written)  # private use
         numbers = {string: str(i) for i, string in enumerate(self._control)}
         masked = [
             Message(
-                role=turn["role"], content=re.sub(pattern, lambda m: f"{mark}{numbers[m[0]]}{mark}", turn["content"])
+                role=turn["role"],
+                content=self._controls.sub(lambda m: f"{mark}{numbers[m[0]]}{mark}", turn["content"]),
             )
             for turn in turns
         ]

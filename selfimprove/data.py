@@ -1,8 +1,9 @@
 """The input files: seeds, held-out prompts, raw text; and the keywords drawn from them."""
 
+import functools
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -232,6 +233,7 @@ def read_paragraphs(path: Path) -> list[str]:
     return paragraphs
 
 
+@functools.lru_cache(4_096)  # a prompt is folded for each thing that it is compared with
 def fold(text: str) -> str:
     """The words of a text in lower case: prompts that fold alike count as the same prompt."""
     return " ".join(re.findall(r"\w+", text.lower()))
@@ -265,10 +267,10 @@ def draw_training_keywords(
     return drawn
 
 
-def draw_corpus_keywords(paragraphs: list[str], rng: random.Random) -> list[str]:
-    """Three keywords that occur together in one paragraph."""
+def draw_corpus_keywords(paragraphs: Sequence[Sequence[str]], rng: random.Random) -> list[str]:
+    """Three keywords that occur together in one paragraph, given as its `keywords`."""
     for _ in range(1000):
-        words = keywords(rng.choice(paragraphs))
+        words = rng.choice(paragraphs)
         if len(words) >= 3:
             return rng.sample(words, 3)
     raise UserError("the corpus has hardly a paragraph with three keywords", "give data.corpus longer paragraphs")

@@ -1,53 +1,89 @@
 """Which new prompts may not enter: duplicates, exact or near, and what overlaps the evaluation set.
 
 Near duplicates are found with MinHash (Broder 1997) and locality-sensitive hashing (Leskovec, Rajaraman, Ullman: Mining
-of Massive Datasets, section 3.4): memory and time grow with the prompts, not with their pairs.
+of Massive Datasets, section 3.4). What is found is what datasketch finds, but many prompts are looked at together, and
+sketches.py keeps little of each in memory.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from selfimprove import data
+from selfimprove import columns, data, sketches
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SHINGLE = 3  # words
 PERMUTATIONS = 256  # of MinHash: the estimate of a similarity s has a standard deviation of sqrt(s (1 - s) / 256)
 SEED = 1  # of the permutations; another one would judge border cases otherwise
 RECALL = 0.999  # share of the pairs at the threshold that the hashing shows
+BATCH = 1_024  # prompts sketched at a time
 
 
 class Seen:
-    """The prompts that a new one may not repeat, added one by one."""
+    """The prompts that a new one may not repeat.
 
-    def __init__(self, max_similarity: float) -> None:
-        from datasketch import MinHash, MinHashLSH
+    Args:
+        max_similarity: Jaccard, of word trigrams; from here on a near duplicate.
+        folder: for a file of the sketches, 1 KiB a prompt; it has no name there and goes with this object. Unset = the
+            system's folder of temporary files.
+    """
 
-        self._max_similarity = max_similarity
-        self._empty = MinHash(num_perm=PERMUTATIONS, seed=SEED, scheme="affine32")
-        self._near = MinHashLSH(num_perm=PERMUTATIONS, params=bands(max_similarity))
-        self._sketches: list[MinHash] = []
-        self._origins: list[str] = []
-        self._exact: dict[str, int] = {}  # folded prompt -> its number
+    def __init__(self, max_similarity: float, folder: Path | None = None) -> None:
+        from datasketch import MinHash
 
-    def add(self, text: str, origin: str) -> None:
-        """Remember a prompt; `origin` ends the reason it will give, as in "duplicate of a seed"."""
-        sketch = self._sketch(text)
-        self._near.insert(len(self._sketches), sketch)
-        self._exact.setdefault(data.fold(text), len(self._sketches))
-        self._sketches.append(sketch)
-        self._origins.append(origin)
+        # of datasketch itself, so that its sketches are ours
+        self._permutations = MinHash(num_perm=PERMUTATIONS, seed=SEED, scheme="affine32").permutations
+        self._index = sketches.Index(PERMUTATIONS, bands(max_similarity), max_similarity, folder)
+        self._origins: list[str] = []  # each once
+        self._first: list[int] = []  # number of the first prompt of an origin
 
-    def reason(self, text: str) -> str | None:
-        """Why a prompt may not come again, by the most similar one that is remembered; None where it is new."""
-        if (number := self._exact.get(data.fold(text))) is not None:
-            return f"duplicate {self._origins[number]}"
-        sketch = self._sketch(text)
-        found = ((sketch.jaccard(self._sketches[n]), -n) for n in self._near.query(sketch))
-        similarity, number = max(found, default=(0.0, 0))  # of equally similar ones the first
-        return f"near duplicate {self._origins[-number]}" if similarity >= self._max_similarity else None
+    def add(self, texts: Iterable[str], origin: str) -> None:
+        """Remember prompts; `origin` ends the reason they will give, as in "duplicate of a seed"."""
+        for some in columns.batched(texts, BATCH):
+            folded = [data.fold(text) for text in some]
+            self._from_here(origin)
+            self._index.add(self._sketch(folded), _digests(folded))
 
-    def _sketch(self, text: str):  # type: ignore[no-untyped-def]  # datasketch has no types
-        sketch = self._empty.copy()
-        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
-        return sketch
+    def admit(self, texts: Iterable[str], origin: str) -> list[str | None]:
+        """Why each of some prompts may not come, by the most similar one that is remembered; None where it is new.
+
+        A new one is remembered, so that those after it may not repeat it.
+        """
+        found: list[str | None] = []
+        for some in columns.batched(texts, BATCH):
+            folded = [data.fold(text) for text in some]
+            self._from_here(origin)
+            for match in self._index.admit(self._sketch(folded), _digests(folded)):
+                what = "duplicate" if match and match.exact else "near duplicate"
+                found.append(f"{what} {self._origin(match.number)}" if match else None)
+        return found
+
+    def _from_here(self, origin: str) -> None:
+        if not self._origins or self._origins[-1] != origin:
+            self._origins.append(origin)
+            self._first.append(len(self._index))
+
+    def _origin(self, number: int) -> str:
+        return next(o for o, first in zip(self._origins[::-1], self._first[::-1], strict=True) if first <= number)
+
+    def _sketch(self, folded: Sequence[str]) -> "np.ndarray[Any, np.dtype[np.uint32]]":
+        """MinHash of each folded text's shingles, (texts, PERMUTATIONS)."""
+        import numpy as np
+
+        grams = [_shingles(text) for text in folded]
+        hashed = b"".join(hashlib.sha1(gram.encode()).digest()[:4] for own in grams for gram in own)
+        values = sketches.mixed(np.frombuffer(hashed, "<u4"))
+        starts = np.cumsum([0, *map(len, grams)])
+        factors, offsets = self._permutations
+        made = np.empty((len(folded), PERMUTATIONS), np.uint32)
+        for k in range(0, len(folded), 64):  # permuted values stay in the processor's cache
+            some = starts[k : k + 65]
+            permuted = values[some[0] : some[-1], None] * factors + offsets
+            np.minimum.reduceat(permuted, some[:-1] - some[0], out=made[k : k + 64])
+        return made
 
 
 class HeldOut:
@@ -77,8 +113,17 @@ class HeldOut:
 
 def shingles(text: str) -> set[str]:
     """The word trigrams of the folded text; a shorter one is a single shingle."""
-    words = data.fold(text).split()
+    return _shingles(data.fold(text))
+
+
+def _shingles(folded: str) -> set[str]:
+    words = folded.split()
     return set(_grams(words, min(SHINGLE, len(words))))
+
+
+def _digests(folded: Sequence[str]) -> list[bytes]:
+    """16 bytes of each text: two of the same are taken for the same text."""
+    return [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in folded]
 
 
 def bands(max_similarity: float) -> tuple[int, int]:

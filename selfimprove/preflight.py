@@ -14,7 +14,8 @@ from selfimprove.evaluation import lm_harness
 from selfimprove.judges.panel import RUN
 from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
-from selfimprove.recipe import Benchmark, Choice, Recipe, Train
+from selfimprove.recipe import Benchmark, Choice, Machine, Recipe, Train
+from selfimprove.remote.objects import Store
 from selfimprove.stages import discriminate, evaluate, label, train
 from selfimprove.training.job import PairRow
 
@@ -25,6 +26,9 @@ def check(chosen: Recipe) -> None:
     Raises:
         UserError: a missing file, an unknown judge, rule or loss, a model directory that cannot serve.
     """
+    devices(chosen.machine)
+    if chosen.machine.store:
+        Store(chosen.machine.store)
     evaluate.check(chosen.evaluate)
     apart(chosen)
     measurable(chosen)
@@ -65,6 +69,25 @@ def check(chosen: Recipe) -> None:
             raise UserError(
                 f"seed '{seed.prompt_id}' has {length} tokens, engine.max_model_len is {chosen.engine.max_model_len}",
                 "shorten or remove the seed, or raise engine.max_model_len",
+            )
+
+
+def devices(machine: Machine) -> None:
+    """Whether the GPUs of this machine, if it has any, are as many as the recipe shares out.
+
+    Raises:
+        UserError: there are too few.
+    """
+    engines = machine.workers * machine.tensor_parallel if machine.executor == "local" else machine.tensor_parallel
+    wanted = {"machine.workers x machine.tensor_parallel": engines, "machine.num_processes": machine.num_processes}
+    if max(wanted.values()) == 1:
+        return
+    import torch
+
+    for name, number in wanted.items():
+        if 0 < torch.cuda.device_count() < number:
+            raise UserError(
+                f"{name} = {number}, and this machine has {torch.cuda.device_count()} GPU(s)", f"lower {name}"
             )
 
 
@@ -443,6 +466,10 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     from selfimprove.training.rows import admit
 
     check(chosen)
+    stored: list[Rehearsed] = []
+    if chosen.machine.store:
+        Store(chosen.machine.store).probe()
+        stored = [Rehearsed("store", "can be written, read and deleted in")]
     seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
     model = locate_model(chosen.model.path)
     rendered = chat.Chat(model)
@@ -462,6 +489,7 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     ended = sum(row.chosen_ids[-1] in rendered.stop_token_ids for row in kept)
     return [
         Rehearsed("recipe, data and model", "fit together"),
+        *stored,
         Rehearsed("rows", f"{len(kept)} of {len(rows)} can be trained on, {len(dropped)} dropped, none truncated"),
         Rehearsed("end token", f"trained in {ended} of {len(kept)} chosen answers"),
         Rehearsed("prompt", "the template renders it as a prefix of prompt and answer, with at most one BOS"),

@@ -5,7 +5,6 @@ means immutable. A key is the hash of readable ingredients, so that a difference
 """
 
 import contextlib
-import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -14,8 +13,7 @@ import shutil
 import socket
 import stat
 import time
-import types
-import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,7 +21,8 @@ from typing import Any, Literal, TypeVar
 import psutil
 import pydantic
 
-from selfimprove import collected, locks, textfile
+from selfimprove import collected, columns, locks, textfile
+from selfimprove.columns import arrow_schema as arrow_schema
 from selfimprove.errors import UserError
 from selfimprove.records import Quarantined
 
@@ -72,34 +71,41 @@ def row_seed(seed: int, iteration: int, stage: str, row: str) -> int:
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-def arrow_schema(record: type) -> Any:
-    """The Arrow schema of a record type of records.py."""
-    import pyarrow as pa
-
-    scalars = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-
-    def arrow(annotation: Any) -> Any:
-        if annotation in scalars:
-            return scalars[annotation]
-        if typing.is_typeddict(annotation):
-            return pa.struct([pa.field(k, arrow(v)) for k, v in typing.get_type_hints(annotation).items()])
-        if typing.get_origin(annotation) is list:
-            return pa.list_(arrow(typing.get_args(annotation)[0]))
-        if typing.get_origin(annotation) is types.UnionType:
-            return arrow(next(a for a in typing.get_args(annotation) if a is not type(None)))
-        raise TypeError(f"{record.__name__}: no Arrow type for {annotation}")
-
-    return pa.schema([pa.field(k, arrow(v)) for k, v in typing.get_type_hints(record).items()])
-
-
 def read_rows(directory: Path, name: str, record: type[Row]) -> list[Row]:
     """All rows of the shards `<name>-*.parquet` of a published artifact, in order."""
-    import pyarrow.parquet as pq
+    return list(iter_rows(directory, name, record))
 
-    rows: list[Row] = []
+
+def iter_rows(directory: Path, name: str, record: type[Row], start: int = 0, stop: int | None = None) -> Iterator[Row]:
+    """The same, or those from number `start` on and before `stop`, a few thousand in memory at a time.
+
+    A shard is looked at as a whole before its first row comes.
+
+    Raises:
+        UserError: a shard is not what was published.
+    """
+    import itertools
+
+    schema, before = arrow_schema(record), 0
     for shard in shards(directory, name):
-        rows += [record(**row) for row in pq.read_table(intact(shard), schema=arrow_schema(record)).to_pylist()]
-    return rows
+        first, before = before, before + (columns.row_number(shard) if start or stop is not None else 0)
+        if start and before <= start:
+            continue
+        if stop is not None and first >= stop:
+            return
+        rows = columns.read(intact(shard), record, schema, max(0, start - first))
+        yield from rows if stop is None else itertools.islice(rows, stop - max(start, first))
+
+
+def iter_columns(directory: Path, name: str, wanted: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Some columns of all rows of an artifact, in order; see `iter_rows`."""
+    for shard in shards(directory, name):
+        yield from columns.read_some(intact(shard), wanted)
+
+
+def row_number(directory: Path, name: str) -> int:
+    """How many rows of one kind an artifact has, by the shards' own word."""
+    return sum(map(columns.row_number, shards(directory, name)))
 
 
 def shards(directory: Path, name: str) -> list[Path]:
@@ -362,7 +368,8 @@ class Artifact:
         self.rows: Rows | None = None
         self.metrics: dict[str, Any] = {}
         self.tokens = 0
-        self.quarantined: list[Quarantined] = []
+        self.quarantined: Counter[str] = Counter()  # rows by reason
+        self._quarantine: columns.Writer[Quarantined] | None = None
 
     def begin(self) -> None:
         """Make an empty directory to write into; whatever a killed process left there goes."""
@@ -374,22 +381,15 @@ class Artifact:
         """Where a file or directory of this artifact is to be written."""
         return self.partial / name
 
+    def writer(self, name: str, record: type[Row]) -> columns.Writer[Row]:
+        """Writes rows as `<name>-00000.parquet` and so on, as they come; to be closed."""
+        return columns.Writer(lambda shard: self.path(f"{name}-{shard:05d}.parquet"), record, SHARD_ROWS)
+
     def write_rows(self, name: str, record: type[Row], rows: Iterable[Row]) -> int:
-        """Write rows as `<name>-00000.parquet` and so on; returns their number."""
-        import itertools
-
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        schema, total, iterator = arrow_schema(record), 0, iter(rows)
-        for shard in itertools.count():
-            chunk = list(itertools.islice(iterator, SHARD_ROWS))
-            if not chunk and shard:
-                return total
-            table = pa.Table.from_pylist([dataclasses.asdict(row) for row in chunk], schema=schema)  # type: ignore[call-overload]
-            pq.write_table(table, self.path(f"{name}-{shard:05d}.parquet"), compression="zstd")
-            total += len(chunk)
-        raise AssertionError("unreachable")
+        """Write rows as `<name>-00000.parquet` and so on, as they come; returns their number."""
+        with self.writer(name, record) as writer:
+            writer.extend(rows)
+        return writer.rows
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file."""
@@ -397,7 +397,10 @@ class Artifact:
 
     def quarantine(self, row_id: str, reason: str, detail: str = "") -> None:
         """Set a row aside with a short, countable reason."""
-        self.quarantined.append(Quarantined(row_id, reason, detail))
+        if self._quarantine is None:
+            self._quarantine = self.writer("quarantine", Quarantined)
+        self.quarantined[reason] += 1
+        self._quarantine.add(Quarantined(row_id, reason, detail))
 
     def contract(self, unit: str, rows_in: int, rows_out: int) -> None:
         """State how many units went in and came out; the difference must have been quarantined.
@@ -405,17 +408,14 @@ class Artifact:
         Raises:
             pydantic.ValidationError: the numbers do not add up (a bug, not bad input).
         """
-        counts: dict[str, int] = {}
-        for row in self.quarantined:
-            counts[row.reason] = counts.get(row.reason, 0) + 1
-        self.rows = Rows(unit=unit, rows_in=rows_in, rows_out=rows_out, quarantined=counts)
+        self.rows = Rows(unit=unit, rows_in=rows_in, rows_out=rows_out, quarantined=dict(self.quarantined))
 
     def publish(self, iteration: int, stage: str, ingredients: dict[str, Any], environment: dict[str, str]) -> Manifest:
         """Write the manifest, flush everything to disk, and make the artifact visible in one rename."""
         if self.rows is None:
             raise RuntimeError(f"stage {stage} stated no row contract")
-        if self.quarantined:
-            self.write_rows("quarantine", Quarantined, self.quarantined)
+        if self._quarantine is not None:
+            self._quarantine.close()
         files = sorted(p for p in self.partial.rglob("*") if p.is_file())
         for path in files:
             fsync(path)
@@ -470,6 +470,20 @@ class Artifact:
         self._reveal()
         return copied
 
+    def receive(self, text: str) -> Manifest:
+        """Publish the files that were brought here from elsewhere under that manifest.json; each is flushed already.
+
+        Raises:
+            UserError: they are not what the manifest says, as far as their sizes tell, or it is damaged.
+        """
+        write_atomically(self.partial / "manifest.json", text)
+        manifest = read_manifest(self.partial)
+        missing = missing_outputs(self.partial, manifest) if manifest else ["manifest.json"]
+        if manifest is None or missing:
+            raise UserError(f"{self.partial / missing[0]} is missing or was altered", "the same command again")
+        self._reveal()
+        return manifest
+
     def _reveal(self) -> None:
         """Flush the folders and make the artifact visible in one rename."""
         for folder in [self.partial, *(p for p in self.partial.rglob("*") if p.is_dir())]:
@@ -479,6 +493,9 @@ class Artifact:
 
     def discard(self) -> None:
         """Leave nothing half-written behind."""
+        if self._quarantine is not None:
+            with contextlib.suppress(OSError):  # on a full disk
+                self._quarantine.abandon()
         shutil.rmtree(self.partial, ignore_errors=True)
 
 

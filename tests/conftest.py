@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+if not os.environ.get("SELFIMPROVE_GPU"):  # `make test-gpu` sets it: all other tests are about a CPU's exact numbers
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 from selfimprove import cli
 from selfimprove.data import SHIPPED
 

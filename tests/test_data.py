@@ -89,8 +89,8 @@ def test_without_noise_all_three_training_keywords_are_own():
 def test_corpus_keywords_share_a_paragraph():
     paragraphs = ["the red fox met a tiger", "a green boat left port", "too short"]
     for k in range(50):
-        drawn = set(data.draw_corpus_keywords(paragraphs, random.Random(k)))
+        drawn = set(data.draw_corpus_keywords([data.keywords(p) for p in paragraphs], random.Random(k)))
         assert any(drawn <= set(data.keywords(p)) for p in paragraphs)
         assert len(drawn) == 3
     with pytest.raises(UserError):
-        data.draw_corpus_keywords(["no no"], random.Random(0))
+        data.draw_corpus_keywords([data.keywords("no no")], random.Random(0))

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import pyarrow.parquet as pq
 import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfimprove import boundary, records, store
+from selfimprove import boundary, columns, records, store
 from selfimprove.errors import UserError
 
 PAIR = records.Pair(
@@ -162,3 +163,72 @@ def test_what_killed_writers_left_half_written_is_swept_and_whole_files_stay(tmp
     store.Run(tmp_path).sweep()
     assert [path.name for path in cache.iterdir()] == ["1234.safetensors"]
     assert not (tmp_path / ".best.tmp").is_symlink()
+
+
+GROUPS = [
+    dataclasses.replace(PAIR, pair_id=str(i), chosen_token_ids=list(range(i)), rejected_score=None) for i in range(23)
+]
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, None), (0, 23), (3, 8), (7, 7), (6, 22), (22, 23), (9, None), (23, None)]
+)
+def test_any_part_of_the_rows_can_be_read_wherever_groups_and_shards_end(start, stop, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_ROWS", 9)
+    monkeypatch.setattr(columns, "GROUP_ROWS", 4)
+    publish(tmp_path / "x", GROUPS)
+    files = [pq.ParquetFile(path) for path in sorted((tmp_path / "x").glob("pairs-*.parquet"))]
+    assert [[f.metadata.row_group(k).num_rows for k in range(f.num_row_groups)] for f in files] == [
+        [4, 4, 1],
+        [4, 4, 1],
+        [4, 1],
+    ]
+    assert list(store.iter_rows(tmp_path / "x", "pairs", records.Pair, start, stop)) == GROUPS[start:stop]
+
+
+def test_columns_are_what_pyarrow_makes_of_them(tmp_path):
+    """The reader against pyarrow's own, with nulls, empty lists and nested messages, and a file without a column."""
+    rows = [PAIR, dataclasses.replace(PAIR, chosen_score=-0.5, prompt=[], source="a\U0001f600"), *GROUPS[:3]]
+    publish(tmp_path / "x", rows)
+    [path] = (tmp_path / "x").glob("pairs-*.parquet")
+    assert pq.read_table(path).to_pylist() == [dataclasses.asdict(row) for row in rows]
+    assert [columns.values(column.combine_chunks()) for column in pq.read_table(path).slice(1, 3).columns] == [
+        column.to_pylist() for column in pq.read_table(path).slice(1, 3).columns
+    ]
+    pq.write_table(pq.read_table(path).drop_columns(["source"]), tmp_path / "old.parquet")
+    [first, *_] = columns.read(tmp_path / "old.parquet", records.Pair, store.arrow_schema(records.Pair))
+    assert first == dataclasses.replace(PAIR, source=None)
+
+
+def test_rows_of_two_kinds_and_quarantined_ones_are_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "GROUP_ROWS", 2)
+    artifact = store.Artifact(tmp_path / "x")
+    artifact.begin()
+    with artifact.writer("pairs", records.Pair) as pairs, artifact.writer("prompts", records.Prompt) as prompts:
+        for i in range(5):
+            pairs.add(GROUPS[i])
+            prompts.extend(records.Prompt(f"{i}/{k}", "x", "seed", 0, []) for k in range(i))
+            artifact.quarantine(f"q{i}", "odd" if i % 2 else "even")
+    artifact.contract("pair", 10, pairs.rows)
+    manifest = artifact.publish(1, "x", {}, {})
+    assert store.read_rows(tmp_path / "x", "pairs", records.Pair) == GROUPS[:5]
+    assert [p.prompt_id for p in store.iter_rows(tmp_path / "x", "prompts", records.Prompt)] == [
+        f"{i}/{k}" for i in range(5) for k in range(i)
+    ]
+    assert manifest.rows.quarantined == {"even": 3, "odd": 2}
+    assert [q.row_id for q in store.iter_rows(tmp_path / "x", "quarantine", records.Quarantined)] == [
+        f"q{i}" for i in range(5)
+    ]
+
+
+def test_a_shard_that_was_altered_is_refused_before_any_of_its_rows_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_ROWS", 9)
+    publish(tmp_path / "x", GROUPS)
+    second = tmp_path / "x/pairs-00001.parquet"
+    second.write_bytes(second.read_bytes()[:-1] + b"?")
+    seen = []
+    with pytest.raises(UserError, match=r"pairs-00001\.parquet differs from its manifest"):
+        seen.extend(row.pair_id for row in store.iter_rows(tmp_path / "x", "pairs", records.Pair))
+    with pytest.raises(UserError, match="differs from its manifest"):
+        list(store.iter_columns(tmp_path / "x", "pairs", ["pair_id"]))
+    assert seen in ([], [str(i) for i in range(9)])

@@ -187,4 +187,5 @@ def _options(section: recipe.Engine, machine: recipe.Machine, max_model_len: int
         gpu_memory_utilization=machine.gpu_memory_utilization,
         threads=machine.threads,
         timeout=machine.engine_timeout_s,
+        tensor_parallel=machine.tensor_parallel,
     )

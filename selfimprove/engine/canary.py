@@ -1,13 +1,13 @@
 """The proof that an engine serves the weights it was told to serve.
 
 Two fixed token sequences are scored by the model that was saved and by the engine; a stale or half-loaded engine
-differs. On a GPU, and in bfloat16, the kernels differ too: there the tolerance is wide and only gross errors show.
+differs. On a GPU, and in bfloat16, the kernels differ too: there the tolerance is wide and small changes do not show.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -19,9 +19,20 @@ if TYPE_CHECKING:
 FILE = "canary.json"
 
 
-def tolerance(dtype: str, on_gpu: bool) -> float:
-    """Largest difference of one token's log-probability that still counts as the same weights, in nats."""
-    return 2e-3 if dtype == "float32" and not on_gpu else 0.25
+class Tolerance(NamedTuple):
+    """How far log-probabilities of the same weights may be apart, in nats."""
+
+    mean: float  # over the tokens
+    largest: float
+
+
+def tolerance(dtype: str, on_gpu: bool) -> Tolerance:
+    """Of one way to compute beside another.
+
+    In bfloat16 single tokens of a 0.5B model are off by more than a quarter of a nat on an H100, the mean by a few
+    hundredths (docs/performance.md); other weights move these unlikely tokens by about a nat.
+    """
+    return Tolerance(2e-3, 2e-3) if dtype == "float32" and not on_gpu else Tolerance(0.15, 1.5)
 
 
 class Canary(msgspec.Struct, frozen=True):
@@ -65,7 +76,20 @@ def save(directory: Path, canary: Canary) -> None:
     (directory / FILE).write_text(json.dumps(msgspec.to_builtins(canary)) + "\n", encoding="utf-8")
 
 
-def difference(expected: Canary, measured: list[list[float]]) -> float:
-    """Largest absolute difference of a token's log-probability, in nats."""
-    pairs = ((e, m) for es, ms in zip(expected.logprobs, measured, strict=True) for e, m in zip(es, ms, strict=True))
-    return max(abs(e - m) for e, m in pairs)
+class Difference(NamedTuple):
+    """How far log-probabilities are apart, in nats; not-a-number where one is."""
+
+    mean: float
+    largest: float
+
+    def within(self, allowed: Tolerance) -> bool:
+        """Whether they may be those of the same weights."""
+        return self.mean <= allowed.mean and self.largest <= allowed.largest
+
+
+def difference(expected: Canary, measured: list[list[float]]) -> Difference:
+    """Of what an engine measured to what the checkpoint says."""
+    pairs = zip(expected.logprobs, measured, strict=True)
+    apart = [abs(e - m) for es, ms in pairs for e, m in zip(es, ms, strict=True)]
+    mean = sum(apart) / len(apart)
+    return Difference(mean, max(apart) if mean == mean else mean)

@@ -4,6 +4,7 @@ It plays a mediocre model of the embedded world: it writes prompts when asked to
 the time, judges answers right three times of four, and echoes what it does not understand.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from selfimprove import interrupts
+from selfimprove.chat import Codec
 from selfimprove.demo import world
 from selfimprove.engine.protocol import Comparison, Completion, Finished, Request, Sampling
 from selfimprove.store import model_identity
+
+AT_ONCE = 64  # requests whose replies are encoded together
 
 
 class FakeEngine:
@@ -28,16 +32,22 @@ class FakeEngine:
 
         self._identity = model_identity(model)
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        self._codec = Codec(self.tokenizer)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
         """See protocol.Engine."""
         completions: list[list[Completion]] = []
-        for number, r in enumerate(requests):
+        for start in range(0, len(requests), AT_ONCE):
             interrupts.check()
-            completions.append(
-                [self._complete(r.prompt_token_ids, random.Random(r.seed + k), sampling) for k in range(r.n)]
-            )
-            finished(number, completions[number])
+            some = requests[start : start + AT_ONCE]
+            texts = [self._codec.decode(r.prompt_token_ids).strip() for r in some]
+            replies = [
+                _reply(text, random.Random(r.seed + k)) for r, text in zip(some, texts, strict=True) for k in range(r.n)
+            ]
+            made = (self._completion(ids, sampling) for ids in self._codec.encode_many(replies))
+            for r in some:
+                completions.append(list(itertools.islice(made, r.n)))
+                finished(len(completions) - 1, completions[-1])
         return completions
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -51,10 +61,8 @@ class FakeEngine:
     def close(self) -> None:
         """Nothing to end."""
 
-    def _complete(self, prompt: list[int], rng: random.Random, sampling: Sampling) -> Completion:
-        text = self.tokenizer.decode(prompt, skip_special_tokens=True).strip()
-        ids = self.tokenizer.encode(_reply(text, rng), add_special_tokens=False)[: sampling.max_tokens - 1]
-        ids.append(sampling.stop_token_ids[0])
+    def _completion(self, written: list[int], sampling: Sampling) -> Completion:
+        ids = [*written[: sampling.max_tokens - 1], sampling.stop_token_ids[0]]
         return Completion(ids, [-1.0] * len(ids), "stop")
 
 

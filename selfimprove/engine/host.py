@@ -89,6 +89,7 @@ class Host:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=max(options.max_model_len, 8192),
             gpu_memory_utilization=options.gpu_memory_utilization,
+            tensor_parallel_size=options.tensor_parallel,
             enforce_eager=not self.on_gpu,
             # a partly scheduled prompt rewinds its generator, which CPU generators cannot do (per-request seeds)
             enable_chunked_prefill=self.on_gpu,

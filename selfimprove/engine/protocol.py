@@ -52,6 +52,7 @@ class Options(msgspec.Struct, frozen=True):
     gpu_memory_utilization: float
     threads: int | None  # of the engine on CPU; None = its own choice
     timeout: float = 1800.0  # seconds of silence after which an engine in a process of its own counts as hung
+    tensor_parallel: int = 1  # GPUs that share the weights
 
 
 class Comparison(NamedTuple):

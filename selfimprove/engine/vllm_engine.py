@@ -1,6 +1,7 @@
 """Real vLLM that writes: swap with a canary, rebuild on any failure."""
 
 import gc
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +46,7 @@ class VllmEngine:
         if model == self._served:
             return
         self.swaps += 1
+        began = time.monotonic()
         if self._on_gpu():  # what training left in this process's cache is needed by the engine that wakes
             gc.collect()
             torch.cuda.empty_cache()
@@ -59,6 +61,7 @@ class VllmEngine:
             self.close()
             self._start(model)
             self._finish_start()
+        note(self.log, f"swapped to {model} in {time.monotonic() - began:.2f} s")
         self._served = self._wanted = model
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> list[list[Completion]]:
@@ -113,6 +116,7 @@ class VllmEngine:
         self.starts += 1
         self._host = HostProcess(model, self.options, self.log, "generate")
         self._starting = self._wanted = model
+        self._began = time.monotonic()
         self._down = False
 
     def _finish_start(self) -> None:
@@ -129,6 +133,7 @@ class VllmEngine:
             try:
                 self._host.await_ready()
                 self._starting = None
+                note(self.log, f"engine ready after {time.monotonic() - self._began:.1f} s")
                 if (model / canary.FILE).is_file() or model in self._known:
                     self._prove(model)
                 else:  # loaded from disk a moment ago: this is what these weights look like when they are right
@@ -150,8 +155,12 @@ class VllmEngine:
         expected = self._known[model]
         measured = self._call(messages.Score(expected.token_ids), messages.Logprobs).logprobs
         difference = canary.difference(expected, measured)
-        if not difference <= canary.tolerance(self.options.dtype, self._on_gpu()):
-            raise HostError(f"canary: log-probs differ from the checkpoint's by {difference:.3g} nats")
+        if not difference.within(canary.tolerance(self.options.dtype, self._on_gpu())):
+            raise HostError(
+                f"canary: log-probs differ from the checkpoint's by {difference.mean:.3g} nats in the mean, "
+                f"{difference.largest:.3g} at most"
+            )
+        note(self.log, f"canary: {difference.mean:.2g} nats off in the mean, {difference.largest:.2g} at most")
 
     def _on_gpu(self) -> bool:
         return bool(torch.cuda.is_available())

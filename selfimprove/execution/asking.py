@@ -1,6 +1,6 @@
 """Asking a model about any number of rows: cut into shards, carried out by whoever there is, answered in order."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -36,10 +36,11 @@ def ask(
         KeyboardInterrupt: the user asked to stop.
         UserError: the engine cannot serve, or a shard's file is damaged again and again.
     """
+    source = iter(rows)
     waiting: deque[Shard] = deque()  # in the order of the rows
-    again: deque[Shard] = deque()  # were done, and their files are damaged
-    damaged: Counter[str] = Counter()
+    begun: set[str] = set()
     done: set[str] = set()
+    damaged: list[Shard] = []  # to be carried out again
     answered: dict[str, int] = {}  # rows of shards that are not passed on yet
     passed = 0
 
@@ -47,25 +48,28 @@ def ask(
         answered[name] = count
         progress(passed + sum(answered.values()))
 
-    def undone() -> Iterator[Shard]:
-        iterator = iter(rows)
-        while window := list(islice(iterator, WINDOW)):
-            shards = list(cut(work, window))
-            waiting.extend(shards)
-            for shard in sorted(shards, key=lambda one: -one.weight):  # the longest may not come last
-                if answers(folder, work, shard) is None:
-                    yield shard
-                else:
-                    done.add(shard.id)
-                    heard(shard.id, len(shard.rows))
+    def window() -> list[Shard] | None:
+        """What of the next rows is to be carried out, the longest first, since it may not come last; None = no rows."""
+        if not (taken := list(islice(source, WINDOW))):
+            return None
+        shards = list(cut(work, taken))
+        waiting.extend(shards)
+        undone = []
+        for shard in sorted(shards, key=lambda one: -one.weight):
+            if shard.id in begun:  # the same rows once more
+                continue
+            begun.add(shard.id)
+            if answers(folder, work, shard) is None:
+                undone.append(shard)
+            else:
+                done.add(shard.id)
+                heard(shard.id, len(shard.rows))
+        return undone
 
-    def todo(fresh: Iterator[Shard]) -> Iterator[Shard]:
-        for shard in fresh:
-            while again:
-                yield again.popleft()
-            yield shard
-        while again:
-            yield again.popleft()
+    def further(first: list[Shard]) -> Iterator[Shard]:
+        yield from first
+        while (more := window()) is not None:
+            yield from more
 
     def finished() -> Iterator[Any]:
         nonlocal passed
@@ -74,27 +78,27 @@ def ask(
             found = answers(folder, work, shard)
             if found is None:
                 done.remove(shard.id)
-                damaged[shard.id] += 1
-                if damaged[shard.id] == TRIES:
-                    raise UserError(
-                        f"{folder / shard.id}.done is damaged each time that it is written",
-                        "look at the disk it lies on",
-                    )
-                again.append(shard)
+                damaged.append(shard)
                 return
             waiting.popleft()
             answered.pop(shard.id, None)
             passed += len(shard.rows)
             yield from found
 
-    fresh = undone()
-    while True:
-        for name in executor.map_shards(folder, work, todo(fresh), heard):
+    while (first := window()) == []:  # what a resumed stage has long had
+        yield from finished()
+    shards: Iterable[Shard] = further(first or [])
+    for _ in range(TRIES):
+        for name in executor.map_shards(folder, work, shards, heard):
             done.add(name)
             yield from finished()
         yield from finished()
-        if not again:
+        if not damaged:
             break
+        shards = list(damaged)
+        damaged.clear()
     if waiting:
         interrupts.check()
-        raise RuntimeError(f"{len(waiting)} shards were not carried out")
+        raise UserError(
+            f"{folder / waiting[0].id}.done is damaged each time that it is written", "look at the disk it lies on"
+        )

@@ -96,10 +96,9 @@ def cut(work: Work, rows: Sequence[Any]) -> Iterator[Shard]:
 
 
 def ask(folder: Path, work: Work, shard: Shard) -> None:
-    """Write a shard's question, for a worker that has only the folder."""
-    path = folder / f"{shard.id}.ask"
-    if not path.exists():
-        _write(path, msgspec.msgpack.encode([msgspec.msgpack.encode(work), msgspec.msgpack.encode(shard.rows)]))
+    """Write a shard's question, for a worker that has only the folder; an earlier one may name paths of another time."""
+    question = msgspec.msgpack.encode([msgspec.msgpack.encode(work), msgspec.msgpack.encode(shard.rows)])
+    _write(folder / f"{shard.id}.ask", question)
 
 
 def asked(folder: Path, name: str) -> tuple[Work, Shard]:

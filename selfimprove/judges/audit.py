@@ -109,6 +109,12 @@ def winner(preference: float | None) -> Winner | None:
     return "tie" if preference == 0.5 else "first" if preference > 0.5 else "second"
 
 
+def kind(row: Row) -> object:
+    """All that `audit` looks at in a row; rows of one kind can stand for each other."""
+    longer = None if row.lengths is None else (row.lengths[0] > row.lengths[1]) - (row.lengths[0] < row.lengths[1])
+    return row.human, winner(row.forward), winner(row.swapped), winner(combine(row.forward, row.swapped)), longer
+
+
 def combine(forward: float | None, swapped: float | None) -> float | None:
     """The mean over both orders, so that a verdict that flips is a tie; None where one is unknown."""
     return None if forward is None or swapped is None else (forward + swapped) / 2
@@ -160,13 +166,15 @@ def pooled(values: Sequence[Sequence[float]]) -> Rate | None:
     Both verdicts on a pair are about the same answers: counted as two they would make the interval too narrow.
     """
     per_pair = [some for some in values if some]
-    if not per_pair:
-        return None
-    n, z = len(per_pair), 1.959963984540054
-    share = sum(map(sum, per_pair)) / sum(map(len, per_pair))
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Rate(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    return share(sum(map(sum, per_pair)) / sum(map(len, per_pair)), len(per_pair)) if per_pair else None
+
+
+def share(value: float, n: int) -> Rate:
+    """A mean of values between 0 and 1 over `n` with Wilson's interval."""
+    z = 1.959963984540054
+    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return Rate(value, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
 def plain(found: Any) -> Any:

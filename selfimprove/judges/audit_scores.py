@@ -4,16 +4,22 @@ Pure functions over scores; an unknown score is left out of every figure and cou
 """
 
 import itertools
+import math
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from selfimprove.judges.audit import Rate, Winner, kappa, rate
+from selfimprove.judges.audit import Rate, Winner, kappa, rate, share
 
 if TYPE_CHECKING:
     import numpy as np
 
-    Numbers = np.ndarray[tuple[int], np.dtype[np.float64]]
+    Numbers = np.ndarray[Any, np.dtype[np.float64]]
+    Places = np.ndarray[Any, np.dtype[np.int64]]
+
+
+AT_ONCE = 65_536  # prompts whose answers are ranked at a time
 
 
 class Scored(NamedTuple):
@@ -71,27 +77,60 @@ class Drift(NamedTuple):
     alarm: bool | None  # the judge has grown lenient; None with too few anchors to tell
 
 
-def audit(answers: Sequence[Scored]) -> ScoreAudit:
-    """Audit a judge's scores."""
-    import numpy as np
+class Scores:
+    """Scores of answers as columns, 24 bytes an answer; those of a prompt come one after the other."""
 
-    known = [(a.prompt_id, a.length, a.score) for a in answers if a.score is not None]
-    scores = np.array([score for *_, score in known])
-    lengths = np.array([float(length) for _, length, _ in known])
-    prompts = [prompt for prompt, *_ in known]
-    return ScoreAudit(
-        n=len(answers),
-        mean=float(scores.mean()) if known else None,
-        sd=float(scores.std(ddof=1)) if len(known) > 1 else None,
-        unknown=rate([float(a.score is None) for a in answers]),
-        reasons=dict(Counter(a.reason for a in answers if a.score is None).most_common()),
-        ties=rate([float(verdict == "tie") for verdict in _orders(prompts, scores)]),
-        length=Correlations(_pearson(_ranked(scores), _ranked(lengths)), _pearson(scores, lengths)),
-        length_within=Correlations(
-            _pearson(_within(prompts, scores, ranked=True), _within(prompts, lengths, ranked=True)),
-            _pearson(_within(prompts, scores), _within(prompts, lengths)),
-        ),
-    )
+    def __init__(self) -> None:
+        self.prompts, self.lengths, self.scores = array("q"), array("d"), array("d")  # of the known ones
+        self.n = 0
+        self.reasons: Counter[str] = Counter()  # of the unknown ones
+        self._number, self._prompt = -1, ""  # of the last prompt
+
+    def extend(self, answers: Iterable[Scored]) -> None:
+        """Take more."""
+        for prompt, length, score, reason in answers:
+            self.n += 1
+            if prompt != self._prompt or self._number < 0:
+                self._number, self._prompt = self._number + 1, prompt
+            if score is None:
+                self.reasons[reason] += 1
+            else:
+                self.prompts.append(self._number)
+                self.lengths.append(length)
+                self.scores.append(score)
+
+    def audit(self) -> "ScoreAudit":
+        """Audit them."""
+        import numpy as np
+
+        scores, lengths, prompts = np.array(self.scores), np.array(self.lengths), np.array(self.prompts)
+        known, unknown = len(scores), self.reasons.total()
+        groups = list(_by_size(prompts))
+        pairs = sum(rows.shape[0] * math.comb(rows.shape[1], 2) for rows in groups)
+        ties = sum(_ties(scores[rows]) for rows in groups)
+        return ScoreAudit(
+            n=self.n,
+            mean=float(scores.mean()) if known else None,
+            sd=float(scores.std(ddof=1)) if known > 1 else None,
+            unknown=share(unknown / self.n, self.n) if self.n else None,
+            reasons=dict(self.reasons.most_common()),
+            ties=share(ties / pairs, pairs) if pairs else None,
+            length=Correlations(_pearson(_ranked(scores), _ranked(lengths)), _pearson(scores, lengths)),
+            length_within=Correlations(
+                _pearson(_within(groups, scores, ranked=True), _within(groups, lengths, ranked=True)),
+                _pearson(_within(groups, scores), _within(groups, lengths)),
+            ),
+        )
+
+
+def audit(answers: Sequence[Scored]) -> ScoreAudit:
+    """Audit a judge's scores; the answers of a prompt may stand anywhere."""
+    by_prompt: dict[str, list[Scored]] = {}
+    for answer in answers:
+        by_prompt.setdefault(answer.prompt_id, []).append(answer)
+    scores = Scores()
+    scores.extend(answer for own in by_prompt.values() for answer in own)
+    return scores.audit()
 
 
 def compare(one: Sequence[Scored], other: Sequence[Scored]) -> Comparison:
@@ -179,17 +218,30 @@ def _orders(prompts: Sequence[str], scores: Iterable[float]) -> list[Winner]:
     ]
 
 
-def _within(prompts: Sequence[str], values: "Numbers", *, ranked: bool = False) -> "Numbers":
-    """Values, or their ranks within a prompt, less the prompt's mean."""
+def _by_size(prompts: "Places") -> "Iterator[Places]":
+    """The places of each prompt's answers, those with as many together: (prompts, answers), some at a time."""
     import numpy as np
 
+    _, first, sizes = np.unique(prompts, return_index=True, return_counts=True)
+    for size in np.unique(sizes):
+        for begin in range(0, len(starts := first[sizes == size]), AT_ONCE):
+            yield starts[begin : begin + AT_ONCE, None] + np.arange(size)
+
+
+def _ties(scores: "Numbers") -> int:
+    """How many two of a row's scores are equal, over all rows."""
+    return sum(int((scores[:, k:] == scores[:, :-k]).sum()) for k in range(1, scores.shape[1]))
+
+
+def _within(groups: "Sequence[Places]", values: "Numbers", *, ranked: bool = False) -> "Numbers":
+    """Values, or their ranks within a prompt, less the prompt's mean."""
+    import numpy as np
+    from scipy import stats
+
     centred = np.zeros(len(values))
-    rows: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(i)
-    for group in rows.values():
-        own = _ranked(values[group]) if ranked else values[group]
-        centred[group] = own - own.mean()
+    for rows in groups:
+        own = stats.rankdata(values[rows], axis=1) if ranked else values[rows]
+        centred[rows] = own - own.mean(axis=1, keepdims=True)
     return centred
 
 

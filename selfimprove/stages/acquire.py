@@ -1,14 +1,17 @@
 """Active preference learning, a part of the stage label: which prompts are worth a label."""
 
+import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 
-from selfimprove import recipe
+from selfimprove import columns, recipe
 from selfimprove.errors import UserError
 from selfimprove.judges import acquisition
 from selfimprove.records import Generation, Verdict
 from selfimprove.stages.io import StageIO
-from selfimprove.store import read_rows
+from selfimprove.store import iter_rows
+
+SCORED_AT_ONCE = 16_384  # answers
 
 
 def acquired(io: StageIO, section: recipe.Acquire) -> set[str]:
@@ -21,14 +24,14 @@ def acquired(io: StageIO, section: recipe.Acquire) -> set[str]:
         verdict.prompt_id
         for name, directory in io.inputs.items()
         if name.startswith("acquired-")
-        for verdict in read_rows(directory, "verdicts", Verdict)
+        for verdict in iter_rows(directory, "verdicts", Verdict)
     }
-    answers: dict[str, list[Generation]] = {}
-    for row in read_rows(io.inputs["generations"], "generations", Generation):
-        own = answers.setdefault(row.prompt_id, [])
+    sums: dict[str, list[float]] = {}  # log-probs of the current policy's answers, summed
+    for row in iter_rows(io.inputs["generations"], "generations", Generation):
+        own = sums.setdefault(row.prompt_id, [])
         if row.source == "current":
-            own.append(row)
-    pool = {prompt_id: rows for prompt_id, rows in answers.items() if prompt_id not in known}
+            own.append(sum(row.logprobs))
+    pool = {prompt_id: own for prompt_id, own in sums.items() if prompt_id not in known}
     if not pool:
         raise UserError(
             f"iteration {io.iteration}: every prompt has been labelled in an earlier round",
@@ -36,7 +39,7 @@ def acquired(io: StageIO, section: recipe.Acquire) -> set[str]:
         )
     measured = _measured(io, section, pool)
     taken = acquisition.first(measured, section.prompts, random.Random(io.row_seed("acquire")))
-    for prompt_id in answers:
+    for prompt_id in sums:
         if prompt_id not in taken:
             io.out.quarantine(prompt_id, "acquired in an earlier round" if prompt_id in known else "not acquired")
     io.out.metrics |= {"pool": len(pool), "acquired": len(taken)}
@@ -48,22 +51,28 @@ def acquired(io: StageIO, section: recipe.Acquire) -> set[str]:
     return taken
 
 
-def _measured(io: StageIO, section: recipe.Acquire, pool: Mapping[str, list[Generation]]) -> dict[str, float | None]:
+def _measured(io: StageIO, section: recipe.Acquire, pool: Mapping[str, list[float]]) -> dict[str, float | None]:
     """Smallest first: the uncertainty of the two first answers' order, or the negated entropy."""
     if section.by == "random":
         return dict.fromkeys(pool, 0.0)
     if section.by == "entropy":
-        return {
-            name: -acquisition.entropy([sum(row.logprobs) for row in rows]) if rows else None
-            for name, rows in pool.items()
-        }
-    rows = [row for own in pool.values() for row in own[:2]]
-    # before any training the gaps are all zero, and what an engine's rounding makes of them is no order
-    untrained = bool(rows) and rows[0].policy == io.identities["initial"]
-    asked = [(row.prompt, row.token_ids) for row in rows]
-    initial = [row.logprobs for row in rows] if untrained else io.judging.logps("initial", asked)
+        return {name: -acquisition.entropy(sums) if sums else None for name, sums in pool.items()}
     rewards: dict[str, list[float]] = {}
-    for row, logp in zip(rows, initial, strict=True):
-        if logp is not None:
-            rewards.setdefault(row.prompt_id, []).append(acquisition.reward(sum(row.logprobs), sum(logp), section.beta))
+    for rows in columns.batched(_two_each(io, pool), SCORED_AT_ONCE):
+        # before any training the gaps are all zero, and what an engine's rounding makes of them is no order
+        untrained = rows[0].policy == io.identities["initial"]
+        asked = [(row.prompt, row.token_ids) for row in rows]
+        initial = [row.logprobs for row in rows] if untrained else io.judging.logps("initial", asked)
+        for row, logp in zip(rows, initial, strict=True):
+            if logp is not None:
+                reward = acquisition.reward(sum(row.logprobs), sum(logp), section.beta)
+                rewards.setdefault(row.prompt_id, []).append(reward)
     return {name: acquisition.uncertainty(*pair) if len(pair := rewards.get(name, [])) == 2 else None for name in pool}
+
+
+def _two_each(io: StageIO, pool: Container[str]) -> Iterator[Generation]:
+    """The first two of the current policy's answers to each prompt of the pool; those of a prompt stand together."""
+    rows = iter_rows(io.inputs["generations"], "generations", Generation)
+    own = (row for row in rows if row.source == "current" and row.prompt_id in pool)
+    for _, group in itertools.groupby(own, key=lambda row: row.prompt_id):
+        yield from itertools.islice(group, 2)

@@ -17,4 +17,4 @@ def run(io: StageIO, section: recipe.Control) -> None:
         for s in seeds
     ]
     io.train("training the control", rows, "initial", POLICY, section.optimizer)
-    io.out.contract("seed", len(seeds), len(seeds) - len(io.out.quarantined))
+    io.out.contract("seed", len(seeds), len(seeds) - io.out.quarantined.total())

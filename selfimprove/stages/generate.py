@@ -6,12 +6,12 @@ is the gold's.
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from selfimprove import data, recipe
 from selfimprove.records import Generation, Prompt, Seed
 from selfimprove.stages.io import Ask, StageIO
-from selfimprove.store import read_rows
+from selfimprove.store import iter_rows, row_number
 
 VERSION = 1
 TEMPLATES: tuple[str, ...] = ()
@@ -21,20 +21,30 @@ TAIL = 3  # tokens that SAPO's program keeps behind the segment
 def run(io: StageIO, section: recipe.Generate) -> None:
     """Write generations-*.parquet."""
     seeds = data.read_seeds(io.inputs["seeds"]) if "seeds" in io.inputs else []
+    tokens = truncated = 0
+    with io.out.writer("generations", Generation) as generations:
+        for source, n in (("current", section.n), ("initial", section.initial_n)):
+            rows: Iterable[Generation] = ()
+            if n and source == "current" and section.splice:
+                rows = _spliced(io, section, section.splice.segment, seeds)
+            elif n:
+                what = f"answering ({source})"
+                rows = io.complete(what, io.models[source], _asks(io, seeds), n, section.sampling, source)
+            for row in rows:
+                generations.add(row)
+                tokens += len(row.token_ids)
+                truncated += row.finish_reason == "length"
+    prompts = row_number(io.inputs["prompts"], "prompts") if "prompts" in io.inputs else len(seeds)
+    io.out.contract("completion", prompts * (section.n + section.initial_n), generations.rows)
+    io.out.metrics["mean tokens"] = tokens / max(1, generations.rows)
+    io.out.metrics["truncated share"] = truncated / max(1, generations.rows)
+
+
+def _asks(io: StageIO, seeds: Sequence[Seed]) -> Iterator[Ask]:
+    """The prompts to answer: the round's own, else the seeds'."""
     if "prompts" in io.inputs:
-        asks = [Ask(p.prompt_id, p.text) for p in read_rows(io.inputs["prompts"], "prompts", Prompt)]
-    else:
-        asks = [Ask(seed.prompt_id, seed.prompt) for seed in seeds]
-    rows: list[Generation] = []
-    for source, n in (("current", section.n), ("initial", section.initial_n)):
-        if n and source == "current" and section.splice:
-            rows += _spliced(io, section, section.splice.segment, seeds)
-        elif n:
-            rows += io.complete(f"answering ({source})", io.models[source], asks, n, section.sampling, source)
-    io.out.write_rows("generations", Generation, rows)
-    io.out.contract("completion", len(asks) * (section.n + section.initial_n), len(rows))
-    io.out.metrics["mean tokens"] = sum(len(row.token_ids) for row in rows) / max(1, len(rows))
-    io.out.metrics["truncated share"] = sum(row.finish_reason == "length" for row in rows) / max(1, len(rows))
+        return (Ask(p.prompt_id, p.text) for p in iter_rows(io.inputs["prompts"], "prompts", Prompt))
+    return (Ask(seed.prompt_id, seed.prompt) for seed in seeds)
 
 
 def cut(length: int, segment: int, room: int, rng: random.Random) -> int:

@@ -6,6 +6,8 @@ gold is better than that answer; it then rewrites the current policy's drafts of
 answers the new prompts, and no draft is seen.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from selfimprove import chat, data, recipe
@@ -14,7 +16,7 @@ from selfimprove.judges import candidate
 from selfimprove.judges.verifiers import verifier
 from selfimprove.records import Generation, Seed
 from selfimprove.stages.io import Ask, StageIO
-from selfimprove.store import read_rows
+from selfimprove.store import iter_rows
 from selfimprove.training.job import example
 
 VERSION = 1
@@ -32,25 +34,31 @@ def run(io: StageIO, section: recipe.Improve) -> None:
         own = list(io.complete("answering the seeds", io.models["current"], first, 1, section.sampling, "seed answer"))
     improver = distil(io, section, seeds) if distilled else train_improver(io, section, seeds, own)
 
-    drafts = [
-        row
-        for row in read_rows(io.inputs["generations"], "generations", Generation)
-        if row.source == "current" and row.sample < section.n
-    ]
-    requests = [
-        row.prompt if distilled else chat.render("improve", {"question": row.prompt, "answer": row.text})
-        for row in drafts
-    ]
-    asks = [Ask(row.prompt_id, request, row.sample) for row, request in zip(drafts, requests, strict=True)]
     what = "answering the prompts" if distilled else "rewriting the drafts"
-    rewritten = io.complete(what, improver, asks, 1, section.sampling, "improver")
-    # the pair's prompt is the question itself, not the request to improve
-    questions = {row.prompt_id: (row.prompt, row.prompt_token_ids) for row in drafts}
-    rows = [_asked(row, *questions[row.prompt_id]) for row in rewritten]
-    io.out.write_rows("refinements", Generation, rows)
-    io.out.contract("draft", len(drafts) + len(first), len(rows) + len(own))
-    changed = {(r.prompt_id, r.sample): r.text for r in drafts}
-    io.out.metrics["changed share"] = sum(changed[r.prompt_id, r.sample] != r.text for r in rows) / max(1, len(rows))
+    waiting: deque[Generation] = deque()  # drafts that are being rewritten
+    drafts = changed = 0
+    with io.out.writer("refinements", Generation) as refinements:
+        for row in io.complete(what, improver, _asks(io, section, waiting), 1, section.sampling, "improver"):
+            while True:
+                draft, drafts = waiting.popleft(), drafts + 1
+                if (draft.prompt_id, draft.sample) == (row.prompt_id, row.sample):
+                    break
+            # the pair's prompt is the question itself, not the request to improve
+            refinements.add(_asked(row, draft.prompt, draft.prompt_token_ids))
+            changed += draft.text != row.text
+    rows = refinements.rows
+    io.out.contract("draft", drafts + len(waiting) + len(first), rows + len(own))
+    io.out.metrics["changed share"] = changed / max(1, rows)
+
+
+def _asks(io: StageIO, section: recipe.Improve, waiting: deque[Generation]) -> Iterator[Ask]:
+    """Requests to rewrite the current policy's drafts, or their prompts alone; the drafts are put behind `waiting`."""
+    for row in iter_rows(io.inputs["generations"], "generations", Generation):
+        if row.source == "current" and row.sample < section.n:
+            waiting.append(row)
+            values = {"question": row.prompt, "answer": row.text}
+            request = row.prompt if section.kind == "gold_distillation" else chat.render("improve", values)
+            yield Ask(row.prompt_id, request, row.sample)
 
 
 def train_improver(io: StageIO, section: recipe.Improve, seeds: list[Seed], own: list[Generation]) -> Path:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from selfimprove import recipe
 from selfimprove.chat import Chat
+from selfimprove.columns import batched
 from selfimprove.engine.protocol import Request, Sampling
 from selfimprove.execution import Executor, Lost, Work, ask
 from selfimprove.judges import Opinion
@@ -17,6 +18,7 @@ from selfimprove.records import Generation, Message, Verdict
 from selfimprove.store import Artifact, model_identity, read_rows, row_seed
 from selfimprove.training.job import Job, PairRow, Weights
 
+TOKENIZED = 256  # prompts at a time
 LOSSES = "losses-00000.parquet"
 MEASURED = frozenset({"tokens_per_second", "peak_memory_mib"})  # they differ from run to run
 
@@ -104,15 +106,17 @@ class StageIO:
     ) -> Iterator[Request]:
         """What an engine is asked; `waiting` says for whom."""
         room = self.engine_section.max_model_len - max_tokens
-        for one in asks:
-            ids = [*self.chat.prompt_ids(one.text, one.earlier), *one.given]
-            if len(ids) > room:
-                too_long = f"{len(ids)} tokens, room for {room}"
-                self._leave_out(one, n, source, "prompt too long for the context", too_long)
-                continue
-            request = Request(ids, n, self.row_seed(f"{source}/{one.prompt_id}/{one.sample}"))
-            waiting.append((one, request))
-            yield request
+        for some in batched(asks, TOKENIZED):
+            prompts = self.chat.prompt_ids_of((one.text, one.earlier) for one in some)
+            for one, prompt in zip(some, prompts, strict=True):
+                ids = [*prompt, *one.given]
+                if len(ids) > room:
+                    too_long = f"{len(ids)} tokens, room for {room}"
+                    self._leave_out(one, n, source, "prompt too long for the context", too_long)
+                    continue
+                request = Request(ids, n, self.row_seed(f"{source}/{one.prompt_id}/{one.sample}"))
+                waiting.append((one, request))
+                yield request
 
     def _leave_out(self, one: Ask, n: int, source: str, reason: str, detail: str = "") -> None:
         for k in range(n):

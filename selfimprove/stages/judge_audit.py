@@ -13,38 +13,79 @@ from selfimprove.stages.io import StageIO
 from selfimprove.store import read_rows
 
 
-def write_audit(
-    io: StageIO,
-    section: recipe.Label,
-    candidates: Sequence[Candidate],
-    opinions: Sequence[Opinion],
-    preferences: Mapping[tuple[Key, Key], Preference],
-) -> None:
-    """Write audit.json, and anchors-*.parquet where the recipe asks for anchors."""
-    if section.judge is None:
-        return
-    texts = {candidate.key: candidate.text for candidate in candidates}
-    told: dict[str, Any] = {"judge": judges.identity(section.judge)}
-    if judges.compares(section.judge):
-        rows = [
-            audit.Row(None, p.forward, p.swapped, (len(texts[a]), len(texts[b]))) for (a, b), p in preferences.items()
-        ]
-        told["pairs"] = audit.plain(audit.audit(rows))
-    else:
-        told["scores"] = audit.plain(audit_scores.audit(_scored(candidates, opinions)))
-    if section.audit:
-        told |= _anchors(io, section.judge, section.audit.anchors, candidates)
-        if section.audit.second:
-            told |= _second(io, section.audit, candidates, opinions)
-    io.out.write_json("audit.json", told)
-    if told.get("drift", {}).get("alarm"):
-        io.out.metrics["judge alarm"] = (
-            f"the same answers score {told['drift']['rise']:+.3g} since round 1 (p = {told['drift']['p']:.2g}):"
-            " the judge has grown lenient"
-        )
+class RoundAudit:
+    """What is kept of a round's answers for its audit: columns of all, and the answers that are judged again.
+
+    Args:
+        io: of the stage.
+        section: the recipe's [label], with a judge.
+        prompts: that are judged.
+        candidates: of these prompts.
+    """
+
+    def __init__(self, io: StageIO, section: recipe.Label, prompts: int, candidates: int) -> None:
+        assert section.judge is not None
+        self._io, self._section, self._judge = io, section, section.judge
+        self._scores = audit_scores.Scores()
+        self._pairs: list[audit.Row] = []
+        self._kinds: dict[object, audit.Row] = {}
+        self._anchors: set[int] = set()  # numbers of candidates
+        self._sample: set[int] = set()  # numbers of prompts
+        if section.audit and "anchors" not in io.inputs:
+            rng = random.Random(io.row_seed("anchors"))
+            self._anchors = set(rng.sample(range(candidates), min(section.audit.anchors, candidates)))
+        if section.audit and section.audit.second:
+            rng = random.Random(io.row_seed("second judge"))
+            self._sample = set(rng.sample(range(prompts), min(section.audit.sample, prompts)))
+        self._candidate = self._prompt = -1  # numbers of the last
+        self._prompt_id: str | None = None
+        self._taken: list[Candidate] = []  # as anchors
+        self._sampled: list[tuple[Candidate, Opinion]] = []
+
+    def see(
+        self,
+        candidates: Sequence[Candidate],
+        opinions: Sequence[Opinion],
+        preferences: Mapping[tuple[Key, Key], Preference],
+    ) -> None:
+        """Take what the judge has found of some prompts."""
+        if preferences:
+            lengths = {candidate.key: len(candidate.text) for candidate in candidates}
+            for (a, b), p in preferences.items():
+                row = audit.Row(None, p.forward, p.swapped, (lengths[a], lengths[b]))
+                self._pairs.append(self._kinds.setdefault(audit.kind(row), row))
+        self._scores.extend(_scored(candidates, opinions))
+        if not self._anchors and not self._sample:
+            return
+        for candidate, opinion in zip(candidates, opinions, strict=True):
+            self._candidate += 1
+            if candidate.prompt_id != self._prompt_id:
+                self._prompt, self._prompt_id = self._prompt + 1, candidate.prompt_id
+            if self._candidate in self._anchors:
+                self._taken.append(candidate)
+            if self._prompt in self._sample:
+                self._sampled.append((candidate, opinion))
+
+    def write(self) -> None:
+        """Write audit.json, and anchors-*.parquet where the recipe asks for anchors."""
+        told: dict[str, Any] = {"judge": judges.identity(self._judge)}
+        if judges.compares(self._judge):
+            told["pairs"] = audit.plain(audit.audit(self._pairs))
+        else:
+            told["scores"] = audit.plain(self._scores.audit())
+        if self._section.audit:
+            told |= _anchors(self._io, self._judge, self._taken)
+            if self._section.audit.second:
+                told |= _second(self._io, self._section.audit.second, self._sampled)
+        self._io.out.write_json("audit.json", told)
+        if told.get("drift", {}).get("alarm"):
+            self._io.out.metrics["judge alarm"] = (
+                f"the same answers score {told['drift']['rise']:+.3g} since round 1 (p = {told['drift']['p']:.2g}):"
+                " the judge has grown lenient"
+            )
 
 
-def _anchors(io: StageIO, choice: recipe.Choice, number: int, candidates: Sequence[Candidate]) -> dict[str, Any]:
+def _anchors(io: StageIO, choice: recipe.Choice, taken: Sequence[Candidate]) -> dict[str, Any]:
     """The first round's answers judged again, twice: how far the scores have moved, and how far they move by chance."""
     if "anchors" in io.inputs:
         anchors = read_rows(io.inputs["anchors"], "anchors", Anchor)
@@ -52,9 +93,6 @@ def _anchors(io: StageIO, choice: recipe.Choice, number: int, candidates: Sequen
             Candidate(a.prompt_id, a.prompt, a.source, a.sample, a.text, a.token_ids, a.finish_reason, a.answer)
             for a in anchors
         ]
-    else:
-        rng = random.Random(io.row_seed("anchors"))
-        taken = [candidates[i] for i in sorted(rng.sample(range(len(candidates)), min(number, len(candidates))))]
     first, again = (_asked_anew(io, choice, taken, name) for name in ("anchor", "anchor again"))
     before = [a.score for a in anchors] if "anchors" in io.inputs else [opinion.score for opinion in first]
     if "anchors" not in io.inputs:
@@ -82,18 +120,11 @@ def _asked_anew(io: StageIO, choice: recipe.Choice, taken: Sequence[Candidate], 
     return judges.bind(choice)(renamed, io.judging)
 
 
-def _second(
-    io: StageIO, section: recipe.Audit, candidates: Sequence[Candidate], opinions: Sequence[Opinion]
-) -> dict[str, Any]:
-    assert section.second is not None
-    prompts = list(dict.fromkeys(c.prompt_id for c in candidates))
-    rng = random.Random(io.row_seed("second judge"))
-    sample = set(rng.sample(prompts, min(section.sample, len(prompts))))
-    both = [(c, o) for c, o in zip(candidates, opinions, strict=True) if c.prompt_id in sample]
-    taken = [c for c, _ in both]
-    other = judges.bind(section.second)(taken, io.judging)
-    compared = audit_scores.compare(_scored(taken, [o for _, o in both]), _scored(taken, other))
-    return {"second": {"judge": judges.identity(section.second), **audit.plain(compared)}}
+def _second(io: StageIO, choice: recipe.Choice, both: Sequence[tuple[Candidate, Opinion]]) -> dict[str, Any]:
+    taken = [candidate for candidate, _ in both]
+    other = judges.bind(choice)(taken, io.judging)
+    compared = audit_scores.compare(_scored(taken, [opinion for _, opinion in both]), _scored(taken, other))
+    return {"second": {"judge": judges.identity(choice), **audit.plain(compared)}}
 
 
 def _scored(candidates: Sequence[Candidate], opinions: Sequence[Opinion]) -> list[Scored]:

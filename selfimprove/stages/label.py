@@ -1,23 +1,26 @@
 """Verdicts on completions, and the preference pairs that follow from them."""
 
-import itertools
+import contextlib
 import random
+import sys
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-from selfimprove import data, judges, recipe
+from selfimprove import columns, data, judges, recipe
 from selfimprove.errors import UserError
-from selfimprove.judges import Candidate, Opinion, Preference
-from selfimprove.judges.pairing import RULES, Rule, shares_won
-from selfimprove.records import Comparison, Flip, Generation, Pair, Seed, Verdict
+from selfimprove.judges import Candidate
+from selfimprove.judges.pairing import RULES, Rule
+from selfimprove.records import Flip, Pair, Seed
 from selfimprove.stages.acquire import acquired
+from selfimprove.stages.answers import CANDIDATES, Answers
 from selfimprove.stages.io import StageIO
-from selfimprove.stages.judge_audit import write_audit
-from selfimprove.stages.pairs import candidates as gathered
+from selfimprove.stages.judge_audit import RoundAudit
 from selfimprove.stages.pairs import flips as flips_of
 from selfimprove.stages.pairs import paired, relabelled, within
-from selfimprove.store import read_rows
+from selfimprove.stages.verdicts import Labels
+from selfimprove.store import iter_rows
 
 VERSION = 3
 TEMPLATES: tuple[str, ...] = (
@@ -28,14 +31,6 @@ TEMPLATES: tuple[str, ...] = (
     "judge/pairwise_label",
 )
 UNSCORED_RULES = frozenset({"gold_vs_generated"})
-Name = tuple[str, str, int]  # prompt_id, source, sample
-
-
-class Findings(NamedTuple):
-    """What a judge made of the candidates, in their order; and of two at a time, where it compares."""
-
-    opinions: list[Opinion]
-    preferences: Mapping[tuple[Name, Name], Preference]
 
 
 def check(section: recipe.Label) -> Rule:
@@ -83,30 +78,35 @@ def _asked(section: recipe.Label) -> judges.Asked:
 def run(io: StageIO, section: recipe.Label) -> None:
     """Write verdicts-*.parquet, comparisons-*.parquet where the judge compares, pairs-*.parquet and flips-*.parquet."""
     rule = check(section)
-    candidates, prompt_ids = _candidates(io)
-    if section.acquire:
-        worth = acquired(io, section.acquire)
-        candidates = [c for c in candidates if c.prompt_id in worth]
-    found = _findings(io, section.judge, candidates)
-    write_audit(io, section, candidates, found.opinions, found.preferences)
-    pairs = _pairs(io, section, rule, candidates, found, prompt_ids)
-    flips = flips_of(section, pairs)
-    if section.relabel:
-        again, turned = _relabelled(io, section)
-        pairs, flips = [*again, *pairs], [*turned, *flips]
-    io.out.write_rows("pairs", Pair, pairs)
-    if section.pairing.name == "dynamic" or section.relabel:
-        io.out.write_rows("flips", Flip, flips)
-        io.out.metrics |= {"flipped": len(flips), "flipped share": len(flips) / max(1, len(pairs))}
+    golds = {seed.prompt_id: seed for seed in _seeds(io)}
+    worth = acquired(io, section.acquire) if section.acquire else None
+    tables = [(io.inputs[name], name) for name in ("generations", "refinements") if name in io.inputs]
+    answers = Answers(tables, golds, worth, io.chat.completion_ids)
+    writes_flips = section.pairing.name == "dynamic" or bool(section.relabel)
+    with contextlib.ExitStack() as stack:
+        pairs = stack.enter_context(io.out.writer("pairs", Pair))
+        flips = stack.enter_context(io.out.writer("flips", Flip)) if writes_flips else None
+        if "relabelled" in io.inputs:
+            for again, turned in _relabelled(io, section):
+                pairs.extend(again)
+                if flips:
+                    flips.extend(turned)
+            io.out.metrics |= {"pairs relabelled": pairs.rows, "relabelled flips": flips.rows if flips else 0}
+        labels = stack.enter_context(Labels(io, section))
+        for pair in _pairs(io, section, rule, answers, labels, golds):
+            pairs.add(pair)
+            if flips:
+                flips.extend(flips_of(section, [pair]))
+    if flips:
+        io.out.metrics |= {"flipped": flips.rows, "flipped share": flips.rows / max(1, pairs.rows)}
     io.note_judging()
-    scores = [o.score for o in found.opinions if o.score is not None]
     io.out.metrics |= {
-        "pairs": len(pairs),
-        "verdicts": len(found.opinions),
-        "verdicts unknown": len(found.opinions) - len(scores),
-        "mean score": sum(scores) / len(scores) if scores else None,
+        "pairs": pairs.rows,
+        "verdicts": labels.number,
+        "verdicts unknown": labels.number - labels.known,
+        "mean score": labels.total / labels.known if labels.known else None,
     }
-    if not pairs:
+    if not pairs.rows:
         raise UserError(
             f"iteration {io.iteration}: no prompt gave a pair ({_reasons(io)})",
             "more samples (generate.n), another judge or another pairing rule",
@@ -114,46 +114,67 @@ def run(io: StageIO, section: recipe.Label) -> None:
 
 
 def _pairs(
-    io: StageIO,
-    section: recipe.Label,
-    rule: Rule,
-    candidates: Sequence[Candidate],
-    found: Findings,
-    prompt_ids: Mapping[str, list[int]],
-) -> list[Pair]:
+    io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, labels: Labels, golds: Mapping[str, Seed]
+) -> Iterator[Pair]:
     """What the rule proposes and nothing speaks against; prompts without a pair are quarantined with the reason."""
-    golds = {s.prompt_id: s for s in _seeds(io)}
-    judged = zip(candidates, found.opinions, strict=True)
-    made = paired(section, rule, io.iteration, io.row_seed, judged, found.preferences, prompt_ids, golds)
-    pairs = made.pairs
-    for prompt_id, reason in made.dropped:
-        io.out.quarantine(prompt_id, reason)
-    if made.refused:
-        io.out.metrics["pairs refused"] = dict(made.refused)
-    if section.quota is not None:
-        places, over = within([p.prompt_id for p in pairs], section.quota, random.Random(io.row_seed("quota")))
-        pairs = [pairs[i] for i in places]
+    if section.quota is None:
+        last = ""
+        with_a_pair = 0
+        for pair in _proposed(io, section, rule, answers, labels, golds):
+            with_a_pair += pair.prompt_id != last
+            last = pair.prompt_id
+            yield pair
+        io.out.contract("prompt", labels.prompts, with_a_pair)
+        return
+    io.scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=io.scratch) as folder:  # how many there are decides which of them stay
+        prompts = []
+        with columns.Writer(lambda shard: Path(folder) / "pairs.parquet", Pair, sys.maxsize) as held:
+            for pair in _proposed(io, section, rule, answers, labels, golds):
+                prompts.append(pair.prompt_id)
+                held.add(pair)
+        places, over = within(prompts, section.quota, random.Random(io.row_seed("quota")))
         for prompt_id in over:
             io.out.quarantine(prompt_id, "over quota")
-        io.out.metrics["pairs short of quota"] = section.quota - len(pairs)
-    io.out.contract("prompt", len(prompt_ids), len({pair.prompt_id for pair in pairs}))
-    return pairs
+        io.out.metrics["pairs short of quota"] = section.quota - len(places)
+        io.out.contract("prompt", labels.prompts, len({prompts[place] for place in places}))
+        wanted = iter(places)
+        place = next(wanted, None)
+        for number, pair in enumerate(columns.read(Path(folder) / "pairs.parquet", Pair, columns.arrow_schema(Pair))):
+            if number == place:
+                yield pair
+                place = next(wanted, None)
 
 
-def _relabelled(io: StageIO, section: recipe.Label) -> tuple[list[Pair], list[Flip]]:
+def _proposed(
+    io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, labels: Labels, golds: Mapping[str, Seed]
+) -> Iterator[Pair]:
+    """The pairs of all prompts before any quota, a window of prompts judged at a time."""
+    audit = RoundAudit(io, section, answers.prompts, answers.candidates) if section.judge else None
+    refused: Counter[str] = Counter()
+    for window in answers.windows():
+        found = labels.judge(window)
+        if audit:
+            audit.see(window.candidates, found.opinions, found.preferences)
+        judged = zip(window.candidates, found.opinions, strict=True)
+        made = paired(section, rule, io.iteration, io.row_seed, judged, found.preferences, window.prompt_ids, golds)
+        for prompt_id, reason in made.dropped:
+            io.out.quarantine(prompt_id, reason)
+        refused += made.refused
+        yield from made.pairs
+    if audit:
+        audit.write()
+    if refused:
+        io.out.metrics["pairs refused"] = dict(refused)
+
+
+def _relabelled(io: StageIO, section: recipe.Label) -> Iterator[tuple[list[Pair], list[Flip]]]:
     """The pairs of the round before (its own and those it relabelled), scored anew by this round's judge."""
-    if "relabelled" not in io.inputs:
-        return [], []
-    old = read_rows(io.inputs["relabelled"], "pairs", Pair)
-    pairs: list[Pair] = []
-    flips: list[Flip] = []
-    scores = _pair_scores(io, section.judge, old) if section.judge else []
-    for pair, (chosen, rejected) in zip(old, scores, strict=True):
-        again, turned = relabelled(pair, chosen, rejected, io.iteration)
-        pairs.append(again)
-        flips += [turned] if turned else []
-    io.out.metrics |= {"pairs relabelled": len(old), "relabelled flips": len(flips)}
-    return pairs, flips
+    assert section.judge is not None  # `check` has seen to it
+    for old in columns.batched(iter_rows(io.inputs["relabelled"], "pairs", Pair), CANDIDATES // 2):
+        scores = _pair_scores(io, section.judge, old)
+        made = [relabelled(pair, *both, io.iteration) for pair, both in zip(old, scores, strict=True)]
+        yield [pair for pair, _ in made], [flip for _, flip in made if flip]
 
 
 def _pair_scores(io: StageIO, choice: recipe.Choice, pairs: Sequence[Pair]) -> list[tuple[float | None, float | None]]:
@@ -179,91 +200,9 @@ def _pair_scores(io: StageIO, choice: recipe.Choice, pairs: Sequence[Pair]) -> l
     return [(a.score, b.score) for a, b in zip(opinions[::2], opinions[1::2], strict=True)]
 
 
-def _findings(io: StageIO, choice: recipe.Choice | None, candidates: list[Candidate]) -> Findings:
-    """What the judge finds, written as verdicts and comparisons."""
-    preferences: dict[tuple[Name, Name], Preference] = {}
-    if choice is not None and judges.compares(choice):
-        preferences = _preferences(io, choice, candidates)
-        won = shares_won(preferences)
-        opinions = [won.get(candidate.key, Opinion(None, "no readable comparison")) for candidate in candidates]
-    else:
-        opinions = _opinions(io, choice, candidates)
-    identity = judges.identity(choice)
-    io.out.write_rows(
-        "verdicts",
-        Verdict,
-        (
-            Verdict(c.prompt_id, c.source, c.sample, identity, o.score, o.reason, o.reply)
-            for c, o in zip(candidates, opinions, strict=True)
-        ),
-    )
-    return Findings(opinions, preferences)
-
-
-def _preferences(
-    io: StageIO, choice: recipe.Choice, candidates: Sequence[Candidate]
-) -> dict[tuple[Name, Name], Preference]:
-    """Every two answers of a prompt that differ, compared; written as comparisons."""
-    pairs = [
-        (a, b)
-        for _, group in itertools.groupby(candidates, key=lambda c: c.prompt_id)
-        for a, b in itertools.combinations(list(group), 2)
-        if a.text != b.text
-    ]
-    found = judges.bind_comparer(choice)(pairs, io.judging)
-    identity = judges.identity(choice)
-    io.out.write_rows(
-        "comparisons",
-        Comparison,
-        (
-            Comparison(
-                a.prompt_id,
-                a.source,
-                a.sample,
-                b.source,
-                b.sample,
-                identity,
-                p.forward,
-                p.swapped,
-                p.reason,
-                *p.replies,
-            )
-            for (a, b), p in zip(pairs, found, strict=True)
-        ),
-    )
-    return {(a.key, b.key): preference for (a, b), preference in zip(pairs, found, strict=True)}
-
-
-def _opinions(io: StageIO, choice: recipe.Choice | None, candidates: list[Candidate]) -> list[Opinion]:
-    """A score of each candidate; of a gold that a judge which stays has scored before, that score."""
-    if choice is None:
-        return [Opinion(None, "no judge asked")] * len(candidates)
-    identity = judges.identity(choice)
-    stays = judges.fixed(choice)  # a policy that judges itself is another each round
-    earlier = {
-        v.prompt_id: Opinion(v.score, v.reason, v.reply)
-        for v in (read_rows(io.inputs["earlier"], "verdicts", Verdict) if stays and "earlier" in io.inputs else [])
-        if v.source == "gold" and v.judge == identity and v.score is not None
-    }
-    known = {(c.prompt_id, "gold", 0): earlier[c.prompt_id] for c in candidates if c.prompt_id in earlier}
-    new = [c for c in candidates if c.key not in known]
-    known |= {c.key: opinion for c, opinion in zip(new, judges.bind(choice)(new, io.judging), strict=True)}
-    io.out.metrics["golds scored before"] = len(candidates) - len(new)
-    return [known[c.key] for c in candidates]
-
-
 def _seeds(io: StageIO) -> list[Seed]:
     return data.read_seeds(io.inputs["seeds"]) if "seeds" in io.inputs else []
 
 
-def _candidates(io: StageIO) -> tuple[list[Candidate], dict[str, list[int]]]:
-    """All completions of a prompt side by side, the gold first where there is one; and each prompt's token ids."""
-    rows = read_rows(io.inputs["generations"], "generations", Generation)
-    if "refinements" in io.inputs:
-        rows += read_rows(io.inputs["refinements"], "refinements", Generation)
-    return gathered(rows, {s.prompt_id: s for s in _seeds(io)}, io.chat.completion_ids)
-
-
 def _reasons(io: StageIO) -> str:
-    counts = Counter(row.reason for row in io.out.quarantined)
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+    return ", ".join(f"{reason}: {count}" for reason, count in io.out.quarantined.items())

@@ -21,7 +21,7 @@ def run(io: StageIO, section: recipe.Sft) -> None:
     if section.ratings:
         rows += _ratings(io, section, seeds)
     io.train("supervised fine-tuning", rows, "initial", POLICY, section.optimizer)
-    io.out.contract("example", len(rows), len(rows) - len(io.out.quarantined))
+    io.out.contract("example", len(rows), len(rows) - io.out.quarantined.total())
 
 
 def _ratings(io: StageIO, section: recipe.Sft, seeds: list[Seed]) -> list[PairRow]:

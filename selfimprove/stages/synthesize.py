@@ -6,13 +6,15 @@ evaluation set is quarantined: the paper describes no such check, and without on
 """
 
 import random
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from selfimprove import chat, data, dedup, recipe
+from selfimprove import chat, columns, data, dedup, recipe
 from selfimprove.errors import UserError
-from selfimprove.records import Prompt, Seed
+from selfimprove.records import Generation, Prompt, Seed
 from selfimprove.stages.io import Ask, StageIO
-from selfimprove.store import read_rows
+from selfimprove.store import iter_rows
 from selfimprove.training.job import example
 
 VERSION = 2
@@ -27,10 +29,8 @@ def run(io: StageIO, section: recipe.Synthesize) -> None:
     seeds = data.read_seeds(io.inputs["seeds"])
     generator = io.models.get(GENERATOR) or train_generator(io, section, seeds)
 
-    rng = random.Random(io.row_seed("keywords"))
-    paragraphs = data.read_paragraphs(io.inputs["corpus"])
-    drawn = {f"i{io.iteration}-p{k:05d}": data.draw_corpus_keywords(paragraphs, rng) for k in range(section.prompts)}
-    asks = [Ask(prompt_id, chat.render("synthesize", {"keywords": words})) for prompt_id, words in drawn.items()]
+    drawn: deque[tuple[str, list[str]]] = deque()  # keywords of the prompts that are being written
+    asks = _asks(io, section, drawn)
     written = io.complete("writing prompts", generator, asks, 1, section.sampling, "generator")
 
     evaluated = [
@@ -41,27 +41,48 @@ def run(io: StageIO, section: recipe.Synthesize) -> None:
     ]
     evaluated += [prompt for _, prompt in kinds.held_out(io.inputs)]
     heldout = dedup.HeldOut(evaluated, section.decontamination_ngram)
-    seen = dedup.Seen(section.max_similarity)
-    for seed in seeds:
-        seen.add(seed.prompt, "of a seed")
+    seen = dedup.Seen(section.max_similarity, io.scratch)
+    seen.add([seed.prompt for seed in seeds], "of a seed")
     for name, directory in io.inputs.items():
-        for prompt in read_rows(directory, "prompts", Prompt) if name.startswith("prompts") else []:
-            seen.add(prompt.text, "of an earlier round")
-    prompts = []
-    for row in written:
-        text = chat.tagged(row.text, "question")
-        if text is None or not data.fold(text):
-            io.out.quarantine(row.prompt_id, "unreadable", row.text)
-        elif reason := heldout.reason(text) or seen.reason(text):
-            io.out.quarantine(row.prompt_id, reason, row.text)
-        else:
-            seen.add(text, "within the round")
-            prompts.append(Prompt(row.prompt_id, text, "synthetic", io.iteration, drawn[row.prompt_id]))
-    io.out.write_rows("prompts", Prompt, prompts)
-    io.out.contract("keyword list", section.prompts, len(prompts))
-    io.out.metrics["words per prompt"] = sum(len(p.text.split()) for p in prompts) / max(1, len(prompts))
-    if not prompts:
+        if name.startswith("prompts"):
+            seen.add((prompt.text for prompt in iter_rows(directory, "prompts", Prompt)), "of an earlier round")
+    words = 0
+    with io.out.writer("prompts", Prompt) as prompts:
+        for part in columns.batched(written, dedup.BATCH):
+            for row, text in _new(io, heldout, seen, part):
+                while (of := drawn.popleft())[0] != row.prompt_id:
+                    pass
+                prompts.add(Prompt(row.prompt_id, text, "synthetic", io.iteration, of[1]))
+                words += len(text.split())
+    io.out.contract("keyword list", section.prompts, prompts.rows)
+    io.out.metrics["words per prompt"] = words / max(1, prompts.rows)
+    if not prompts.rows:
         raise UserError("the generator wrote no usable prompt", "train it longer: synthesize.generator.epochs")
+
+
+def _asks(io: StageIO, section: recipe.Synthesize, drawn: deque[tuple[str, list[str]]]) -> Iterator[Ask]:
+    """Requests for prompts, each of keywords of its own; these are put behind `drawn`."""
+    rng = random.Random(io.row_seed("keywords"))
+    paragraphs = [data.keywords(paragraph) for paragraph in data.read_paragraphs(io.inputs["corpus"])]
+    for k in range(section.prompts):
+        prompt_id, words = f"i{io.iteration}-p{k:05d}", data.draw_corpus_keywords(paragraphs, rng)
+        drawn.append((prompt_id, words))
+        yield Ask(prompt_id, chat.render("synthesize", {"keywords": words}))
+
+
+def _new(
+    io: StageIO, heldout: dedup.HeldOut, seen: dedup.Seen, written: Sequence[Generation]
+) -> Iterator[tuple[Generation, str]]:
+    """The prompts that may enter, in order; the others are quarantined."""
+    texts = [chat.tagged(row.text, "question") for row in written]
+    against = ["unreadable" if text is None or not data.fold(text) else heldout.reason(text) for text in texts]
+    left = [text for text, why in zip(texts, against, strict=True) if text and not why]
+    repeated = iter(seen.admit(left, "within the round"))
+    for row, text, why in zip(written, texts, against, strict=True):
+        if reason := why or next(repeated):
+            io.out.quarantine(row.prompt_id, reason, row.text)
+        elif text:
+            yield row, text
 
 
 def train_generator(io: StageIO, section: recipe.Synthesize, seeds: list[Seed]) -> Path:

@@ -15,7 +15,7 @@ from selfimprove import recipe
 from selfimprove.errors import UserError
 from selfimprove.records import Pair, Verdict
 from selfimprove.stages.io import StageIO
-from selfimprove.store import read_rows, row_seed, write_atomically
+from selfimprove.store import iter_rows, row_seed, write_atomically
 from selfimprove.training import replay
 from selfimprove.training.job import PairRow
 
@@ -51,7 +51,7 @@ def run(io: StageIO, section: recipe.Train) -> None:
     if section.search:
         section = search(io, section, rows)
     policy = io.train("training the policy", [row.pair for row in rows], "start", POLICY, section.optimizer, section)
-    io.out.contract(unit, len(rows), len(rows) - len(io.out.quarantined))
+    io.out.contract(unit, len(rows), len(rows) - io.out.quarantined.total())
     if section.average:
         from selfimprove.training import export  # torch takes seconds to import: plans do without
 
@@ -137,10 +137,10 @@ def _per_token(io: StageIO, model: Path, answers: list[tuple[list[int], list[int
 
 def _rows(directory: Path) -> Iterator[Row]:
     scores: dict[str, list[float]] = {}
-    for verdict in read_rows(directory, "verdicts", Verdict):
+    for verdict in iter_rows(directory, "verdicts", Verdict):
         if verdict.score is not None and verdict.source == "current":
             scores.setdefault(verdict.prompt_id, []).append(verdict.score)
-    for pair in read_rows(directory, "pairs", Pair):
+    for pair in iter_rows(directory, "pairs", Pair):
         rates = win_rates(pair.chosen_score, pair.rejected_score, scores.get(pair.prompt_id, []))
         ids = pair.prompt_token_ids, pair.chosen_token_ids, pair.rejected_token_ids
         yield Row(pair.prompt_id, PairRow(pair.pair_id, *ids, rates, pair.source))

@@ -163,24 +163,3 @@ def test_what_cannot_be_packed_is_refused(given):
     keywords = {"attention_mask": None, "tree": attention.structure([(2, [1])], torch.device("cpu")), **given}
     with pytest.raises(ValueError, match="Identity cannot run packed trees"):
         attention.tree_attention(torch.nn.Identity(), q, k, v, **keywords)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel runs on CUDA only")
-@pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_the_kernel_on_cuda_equals_the_segments(window, kv_heads):
-    spans = [(70, [33, 0, 90]), (1, [20]), (130, [1, 64])]
-    tokens = sum(prompt + sum(responses) for prompt, responses in spans)
-    inputs = random_qkv(tokens, 4, kv_heads, "cuda", torch.bfloat16)
-    exact = [x.detach().float().requires_grad_() for x in inputs]
-    tree = attention.structure(spans, torch.device("cuda"))
-
-    def packed(q, k, v):
-        return attention.tree_attention(torch.nn.Identity(), q, k, v, None, sliding_window=window, tree=tree)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_segment", None)  # the kernel it must be
-        found = forward_and_gradients(packed, inputs)
-    for half, full in zip(found, forward_and_gradients(packed, exact), strict=True):  # float32: the segments
-        difference = (half.float() - full).norm() / full.norm()
-        assert difference < 0.02
