@@ -11,9 +11,9 @@ LEAST = 3
 class Hunt:
     """The rows of a shard that are still to be answered, in portions.
 
-    The first death is taken for an accident. After any other one, what is left of the portion is halved, even where some
-    rows were answered before: the row that it dies on may stay among them for long. A row that an engine dies on alone
-    is left out.
+    The first death is taken for an accident. After any other one, what is left of the portion is halved, even where
+    some rows were answered before: the row that it dies on may stay among them for long. A row that an engine dies on
+    alone is left out.
 
     Args:
         rows: their numbers.

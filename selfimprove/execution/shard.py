@@ -96,7 +96,7 @@ def cut(work: Work, rows: Sequence[Any]) -> Iterator[Shard]:
 
 
 def ask(folder: Path, work: Work, shard: Shard) -> None:
-    """Write a shard's question, for a worker that has only the folder; an earlier one may name paths of another time."""
+    """Write a shard's question, for a worker that has only the folder; one that is there may name old paths."""
     question = msgspec.msgpack.encode([msgspec.msgpack.encode(work), msgspec.msgpack.encode(shard.rows)])
     _write(folder / f"{shard.id}.ask", question)
 
