@@ -143,7 +143,7 @@ class _Follower:
                 continue
             self._joined.add(attempt)
             try:
-                launch.join(path, machine, self._rank)  # type: ignore[attr-defined, unused-ignore]
+                launch.join(path, machine, self._rank)
             except UserError as error:  # the driver's fails as well, and it decides
                 self._say(f"{error.message}; {error.hint}")
             return True

@@ -9,7 +9,7 @@ import pytest
 
 from selfimprove import recipe
 from selfimprove.errors import UserError
-from selfimprove.execution import board
+from selfimprove.execution import Executors, board
 from selfimprove.execution.ranks import Place, driver, rank_and_world
 from tests.conftest import selfimprove
 
@@ -71,6 +71,13 @@ class TestCommands:
     def test_settings_that_do_not_go_together(self, settings, said):
         with pytest.raises(ValueError, match=said):
             recipe.Machine(**settings)
+
+    def test_a_training_waits_for_no_more_nodes_than_there_are_ranks(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        machine = recipe.Machine(executor="static", nodes=3, rendezvous="localhost:1")
+        with Executors() as executors, pytest.raises(UserError, match="there are 2 ranks"):
+            executors.get(machine, tmp_path / "logs")
 
 
 class TestBoard:

@@ -35,12 +35,17 @@ class Static:
         folder: for the board, which the other ranks know.
 
     Raises:
-        UserError: this process is not rank 0.
+        UserError: this process is not rank 0, or a training would wait for more ranks than there are.
     """
 
     def __init__(self, engines: Engines, machine: recipe.Machine, folder: Path) -> None:
         self._engines, self._machine, self._board = engines, machine, folder
         self._world = driver().world
+        if machine.nodes > self._world:
+            raise UserError(
+                f"machine.nodes = {machine.nodes} take part in a training, and there are {self._world} ranks",
+                "set machine.nodes to the number of ranks or less",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         board.clear(folder)
         session = board.Session(uuid.uuid4().hex, machine.model_dump_json())

@@ -221,8 +221,7 @@ def quick() -> Iterator[tuple[str, Callable[[Field, float], Outcome]]]:
     yield "driver-killed-static", lambda field, began: driver_killed(field, "static", began)
     yield "poisoned-static", lambda field, began: poisoned(field, "static", began)
     yield "worker-killed", worker_killed
-    if namespaces():
-        yield "rank-partitioned", rank_partitioned
+    yield "rank-partitioned", rank_partitioned
 
 
 def long() -> Iterator[tuple[str, Callable[[Field, float], Outcome]]]:
@@ -242,8 +241,7 @@ def long() -> Iterator[tuple[str, Callable[[Field, float], Outcome]]]:
     yield "driver-killed-ray", lambda field, began: driver_killed(field, "ray", began)
     yield "straggler-ray", lambda field, began: straggler(field, "ray", began)
     yield "poisoned-ray", lambda field, began: poisoned(field, "ray", began)
-    if namespaces():
-        yield "partition-ray", on_ray.partition
+    yield "partition-ray", on_ray.partition
 
 
 assert ROWS > VICTIM

@@ -2,7 +2,7 @@
 
 Python imports this module at its start when its folder is on PYTHONPATH. $DRILL names a JSON file:
 
-    delay     seconds for each completion
+    delay     seconds for each request
     slow      how many times as long the first process that answers takes (its pid goes to $DRILL.slow)
     poison    text of a prompt; what happens at it: die = "exit", the process, or "engine", the engine alone
     lost      seconds of silence after which a rank is taken for dead
@@ -20,34 +20,47 @@ SAID = json.loads(Path(os.environ["DRILL"]).read_text()) if os.environ.get("DRIL
 
 
 def spoil(module):
-    complete = module.FakeEngine._complete
-    delay = [None]
+    whole = module.FakeEngine.generate
+    delay = []
 
-    def spoiled(self, prompt, rng, sampling):
-        if delay[0] is None:
-            delay[0] = SAID.get("delay", 0.0)
-            if "slow" in SAID:
-                try:
-                    os.write(
-                        os.open(f"{os.environ['DRILL']}.slow", os.O_CREAT | os.O_EXCL | os.O_WRONLY),
-                        str(os.getpid()).encode(),
-                    )
-                    delay[0] *= SAID["slow"]
-                except FileExistsError:
-                    pass
-        time.sleep(delay[0])
-        if "poison" in SAID and SAID["poison"] in self.tokenizer.decode(prompt):
-            with open(f"{os.environ['DRILL']}.deaths", "a") as file:
-                file.write(f"{os.getpid()}\n")
-            if SAID["die"] == "exit":
-                os._exit(77)
-            from selfimprove.engine.protocol import EngineDied
+    def generate(self, requests, sampling, finished):
+        if not delay:
+            delay.append(SAID.get("delay", 0.0) * (SAID["slow"] if "slow" in SAID and first() else 1))
+        found = []
+        for number, request in enumerate(requests):
+            module.interrupts.check()
+            time.sleep(delay[0])
+            poison(self.tokenizer.decode(request.prompt_token_ids))
 
-            raise EngineDied("the engine of the drill died", "it does so on purpose")
-        return complete(self, prompt, rng, sampling)
+            def told(_, completions, number=number):
+                finished(number, completions)
 
-    module.FakeEngine._complete = spoiled
+            found += whole(self, [request], sampling, told)
+        return found
+
+    module.FakeEngine.generate = generate
     module.FakeEngine.swap = swap
+
+
+def first():
+    """Whether this is the first process that answers."""
+    try:
+        file = os.open(f"{os.environ['DRILL']}.slow", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    os.write(file, str(os.getpid()).encode())
+    return True
+
+
+def poison(text):
+    if "poison" in SAID and SAID["poison"] in text:
+        with open(f"{os.environ['DRILL']}.deaths", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        if SAID["die"] == "exit":
+            os._exit(77)
+        from selfimprove.engine.protocol import EngineDied
+
+        raise EngineDied("the engine of the drill died", "it does so on purpose")
 
 
 def swap(self, model):
@@ -55,6 +68,7 @@ def swap(self, model):
     from selfimprove.store import model_identity
 
     self._identity, self.tokenizer = model_identity(model), Tokens(model)
+    self._codec = self.tokenizer
 
 
 class Tokens:
@@ -68,6 +82,9 @@ class Tokens:
 
     def encode(self, text, add_special_tokens=False):
         return self.inner.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_many(self, texts):
+        return [self.encode(text) for text in texts]
 
 
 def hasten(module):
