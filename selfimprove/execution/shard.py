@@ -182,7 +182,10 @@ def _frames(path: Path) -> dict[int, bytes]:
         number, length = struct.unpack_from("<II", data, at + DIGEST)
         end = at + DIGEST + 8 + length
         frame = data[at + DIGEST : end]
-        if end > len(data) or _digest(frame) != data[at : at + DIGEST]:
+        if end > len(data):
+            break
+        if _digest(frame) != data[at : at + DIGEST]:
+            print(f"{path} is damaged: rows from byte {at} on are asked again", file=sys.stderr)
             break
         found[number] = frame[8:]
         at = end

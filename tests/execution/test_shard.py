@@ -105,7 +105,7 @@ class TestFiles:
             assert sorted(known) == list(range(sum(end <= size for end in ends)))
             assert all(msgspec.msgpack.decode(said, type=list[Completion]) == answer(k) for k, said in known.items())
 
-    def test_a_flipped_bit_is_never_taken_for_an_answer(self, tmp_path):
+    def test_a_flipped_bit_is_never_taken_for_an_answer(self, tmp_path, capsys):
         one = Shard("x", ROWS[:20])
         answering = Answering(tmp_path, one)
         for k in range(20):
@@ -119,6 +119,10 @@ class TestFiles:
             known = Answering(tmp_path, one).known
             assert known.items() < true.items()
             assert sorted(known) == list(range(len(known)))  # those before it are kept
+        part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        capsys.readouterr()
+        assert len(Answering(tmp_path, one).known) == 19
+        assert f"{part} is damaged" in capsys.readouterr().err
 
     def test_a_damaged_shard_is_removed_with_a_word_and_is_not_done(self, tmp_path, capsys):
         [one] = cut(WORK, ROWS[:20])
