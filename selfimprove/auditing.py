@@ -60,6 +60,9 @@ def open_panel(recipe: Recipe, progress: Callable[[str, int, int], None]) -> Ite
     model = locate_model(recipe.model.path)
     names = [name for name in judges.models(label_judge(recipe)) if not name.startswith(SERVER)]
     paths = {name: model if name in RUN else locate_model(name) for name in [*names, "current"]}
+    machine = recipe.machine
+    if machine.executor == "static":  # ranks follow runs, and an audit is none
+        machine = machine.model_copy(update={"executor": "local"})
     with TemporaryDirectory() as folder, Executors() as executors:
         panel = Models(
             seed=lambda row: row_seed(recipe.seed, 0, "audit", row),
@@ -67,7 +70,7 @@ def open_panel(recipe: Recipe, progress: Callable[[str, int, int], None]) -> Ite
             servers=recipe.servers,
             paths=paths,
             identities={name: model_identity(path) for name, path in paths.items()},
-            executor=executors.get(recipe.machine, Path(folder)),
+            executor=executors.get(machine, Path(folder)),
             policy=model,
             logs=Path(folder),
             scratch=Path(folder),

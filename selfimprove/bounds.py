@@ -104,7 +104,7 @@ class Rules:
 
     def __init__(self, recipe: Recipe, sources: Sources, model: Model | None) -> None:
         self.recipe, self.model = recipe, model
-        self._sources = sources
+        self.sources = sources
         self._rows: dict[str, int] = {}
 
     def most(self, step: Step, amounts: Mapping[str, float]) -> float:
@@ -117,7 +117,7 @@ class Rules:
         if step.stage is synthesize and now.synthesize:
             return now.synthesize.prompts
         if step.stage is generate:
-            return self._prompts(step, amounts) * (now.generate.n + now.generate.initial_n)
+            return self.prompts(step, amounts) * (now.generate.n + now.generate.initial_n)
         answers = now.generate.n + now.generate.initial_n
         if step.stage is improve and now.improve:
             return amounts[step.inputs["generations"]] / answers * now.improve.n
@@ -157,14 +157,17 @@ class Rules:
         room = now.engine.max_model_len
         if step.stage is synthesize and now.synthesize:
             prompts, longest = now.synthesize.prompts, now.synthesize.sampling.max_tokens
-            training = 0 if optimizer_of(step) is None else self._seeds * room * now.synthesize.generator.epochs
-            return prompts * longest + training, prompts, f"at most {prompts} prompts x {longest} tokens"
+            return (
+                prompts * longest + self.training_tokens(step),
+                prompts,
+                f"at most {prompts} prompts x {longest} tokens",
+            )
         if step.stage is generate:
             completions, longest = self.most(step, amounts), now.generate.sampling.max_tokens
             return int(completions * longest), completions, f"at most {completions:.0f} answers x {longest} tokens"
         if step.stage is improve and now.improve:
             rewrites, longest = self.most(step, amounts), now.improve.sampling.max_tokens
-            training = self._seeds * (longest * now.improve.n + room * now.improve.improver.epochs)
+            training = self.seeds * longest * now.improve.n + self.training_tokens(step)
             return int(rewrites * longest) + training, rewrites, f"at most {rewrites:.0f} rewrites x {longest} tokens"
         if step.stage is label:
             answers = amounts[step.inputs["generations"]]
@@ -181,7 +184,7 @@ class Rules:
         if step.stage in (control, sft):
             optimizer = optimizer_of(step)
             epochs = optimizer.epochs if optimizer else 1
-            rows = self._seeds * (3 if getattr(step.section, "ratings", False) else 1)
+            rows = self.seeds * (3 if getattr(step.section, "ratings", False) else 1)
             return rows * room * epochs, rows, f"at most {rows} examples x {room} tokens x {epochs} epochs"
         if step.stage is evaluate:
             return self._evaluation(step)
@@ -191,11 +194,11 @@ class Rules:
 
     def _evaluation(self, step: Step) -> tuple[int | None, float, str]:
         section = self.recipe.evaluate
-        prompts = sum(self._count(step.inputs[name]) for name in ("heldout", "selection") if name in step.inputs)
+        prompts = sum(self.count(step.inputs[name]) for name in ("heldout", "selection") if name in step.inputs)
         answers, tokens = prompts * (1 + section.n), prompts * (1 + section.n) * section.max_tokens
         how = f"at most {answers} answers x {section.max_tokens} tokens"
         for benchmark in section.benchmarks or []:
-            asked = self._count(f"file:{next(iter(benchmark.files))}")
+            asked = self.count(f"file:{next(iter(benchmark.files))}")
             asked = min(asked, benchmark.limit or asked)
             answers += asked
             tokens += 2 * asked * (benchmark.max_tokens or section.max_tokens)  # a dialogue has two turns
@@ -204,17 +207,25 @@ class Rules:
             return None, answers, f"{how}, and the judges' tokens, which are not known"
         return tokens, answers, how + (" and benchmarks" if section.benchmarks else "")
 
-    def _prompts(self, step: Step, amounts: Mapping[str, float]) -> float:
-        return amounts[step.inputs["prompts"]] if "prompts" in step.inputs else self._seeds
+    def training_tokens(self, step: Step) -> int:
+        """Of the tokens of a stage that trains a model of its own to write with, those it is trained on."""
+        now = self.recipe.at(step.iteration) if step.iteration else self.recipe
+        optimizer = optimizer_of(step) if step.stage in (synthesize, improve) else None
+        return self.seeds * now.engine.max_model_len * optimizer.epochs if optimizer else 0
+
+    def prompts(self, step: Step, amounts: Mapping[str, float]) -> float:
+        """The prompts that a step answers."""
+        return amounts[step.inputs["prompts"]] if "prompts" in step.inputs else self.seeds
 
     @property
-    def _seeds(self) -> int:
-        return self._count("file:seeds")
+    def seeds(self) -> int:
+        """The rows of data.seeds."""
+        return self.count("file:seeds")
 
-    def _count(self, source: str) -> int:
+    def count(self, source: str) -> int:
         """The lines of a file of the recipe that are not empty."""
         if source not in self._rows:
-            with self._sources.path(source).open("rb") as file:
+            with self.sources.path(source).open("rb") as file:
                 self._rows[source] = sum(bool(line.strip()) for line in file)
         return self._rows[source]
 

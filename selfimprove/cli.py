@@ -39,6 +39,10 @@ From = Annotated[
 ]
 Until = Annotated[Optional[str], typer.Option(metavar="STAGE", help="Stop after this stage.")]
 Only = Annotated[Optional[str], typer.Option(metavar="STAGE", help="Make just this stage.")]
+MachineFile = Annotated[
+    Optional[Path],
+    typer.Option("--machine", metavar="FILE.toml", help="Where it runs: its [machine] before the recipe's own."),
+]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in ./runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -72,6 +76,7 @@ def iterate(
     ] = None,
     seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of the run.")] = None,
     engine: Annotated[Optional[str], typer.Option(help="vllm, transformers or fake.")] = None,
+    machine: MachineFile = None,
     settings: Settings = None,
     again: From = None,
     until: Until = None,
@@ -81,9 +86,18 @@ def iterate(
     from selfimprove import recipe_file
 
     overrides = [f"{key}={json.dumps(value)}" for key, value in _given(rounds, model, seed, engine).items()]
-    chosen = recipe_file.load(recipe_file.find(recipe), [*overrides, *(settings or [])])
+    chosen = recipe_file.load(recipe_file.find(recipe), [*overrides, *(settings or [])], machine=_machine(machine))
     chosen = recipe_file.absolute(chosen)
     _go(chosen.name if run is None else run, chosen, again, until, only)
+
+
+def _machine(file: Path | None) -> dict[str, Any] | None:
+    """The keys of [machine] in a machine file."""
+    if file is None:
+        return None
+    from selfimprove import machine_file
+
+    return machine_file.read(file).machine
 
 
 def _given(rounds: int | None, model: str | None, seed: int | None, engine: str | None) -> dict[str, Any]:
@@ -92,9 +106,16 @@ def _given(rounds: int | None, model: str | None, seed: int | None, engine: str 
 
 
 @app.command()
-def resume(run: RunName, again: From = None, until: Until = None, only: Only = None) -> None:
+def resume(
+    run: RunName, machine: MachineFile = None, again: From = None, until: Until = None, only: Only = None
+) -> None:
     """Finish a run that was stopped, killed or failed, or make a part of it."""
-    _go(run, _open(run)[1], again, until, only)
+    from selfimprove import recipe_file
+
+    found, chosen = _open(run)
+    if machine:
+        chosen = recipe_file.load(found.recipe_file, machine=_machine(machine))
+    _go(run, chosen, again, until, only)
 
 
 def _go(name: str, chosen: Any, again: str | None, until: str | None, only: str | None) -> None:
@@ -134,6 +155,24 @@ def _go(name: str, chosen: Any, again: str | None, until: str | None, only: str 
         talk.print(f"run '{name}': {until or only} is made already", highlight=False, markup=False)
     else:
         talk.print(f"run '{name}' is finished: nothing to do", highlight=False)
+
+
+@app.command()
+def work(
+    run: RunName,
+    runs: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the driver's runs lie, as this machine sees it.")
+    ] = RUNS,
+) -> None:
+    """Follow a run of executor = "static" as RANK of WORLD_SIZE, or of SLURM's: carry out shards until it ends."""
+    from selfimprove import follower
+    from selfimprove.boundary import is_run_name
+
+    if not is_run_name(run):
+        raise UsageError(f"'{run}' cannot be a run's name", "letters, digits, '.', '_' and '-', no slash")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    follower.follow((runs / run).absolute())
 
 
 @app.command()
@@ -188,44 +227,52 @@ def study(
 @app.command()
 def plan(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or of a recipe not run yet.")],
+    machine: MachineFile = None,
     settings: Settings = None,
     again: From = None,
     until: Until = None,
     only: Only = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would run, stage by stage, why, and what it would take."""
-    from selfimprove import estimates, recipe_file
+    """What would run, stage by stage, why, and what it would take; with --machine also how it spreads over one."""
+    from selfimprove import estimates, machine_file, placement, recipe_file
     from selfimprove.plan import examine
     from selfimprove.run import place, select
 
+    where = machine_file.read(machine) if machine else None
+    keys = where.machine if where else None
     if (RUNS / run / "recipe.toml").is_file():
         found, _ = _open(run)
-        chosen = recipe_file.absolute(recipe_file.load(found.recipe_file, settings))
+        chosen = recipe_file.absolute(recipe_file.load(found.recipe_file, settings, machine=keys))
     else:
         from selfimprove.preflight import check
 
-        chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(run), settings))
+        chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(run), settings, machine=keys))
         found = place(RUNS, chosen.name)
         check(chosen)
     selection = select(chosen, again, until, only)
     examined = examine(found, chosen, selection.again)
-    taken = estimates.estimate(found, chosen, examined)
+    survey = estimates.survey(found, chosen, examined)
+    taken = survey.estimates
+    placed = placement.place(found, chosen, examined, survey, where.hardware) if where else {}
     shown = selection.of(examined)
     if as_json:
         _json(
             [
                 {"iteration": e.step.iteration, "stage": e.step.name, "plan": e.status, "why": e.reason}
                 | {"estimate": taken[e.step.directory]._asdict() if e.step.directory in taken else None}
+                | ({"machine": placement.plain(placed.get(e.step.directory))} if where else {})
                 for e in shown
             ]
         )
         return
     from rich.console import Console
 
-    from selfimprove.report import planning
+    from selfimprove.report import planning, spread
 
     planning.show(shown, taken, Console())
+    if where:
+        spread.show(shown, placed, chosen.machine, where.hardware, Console())
 
 
 @app.command()
@@ -255,6 +302,7 @@ def fork(
 @app.command()
 def check(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a TOML file.")],
+    machine: MachineFile = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -263,7 +311,8 @@ def check(
     from selfimprove.preflight import rehearse
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(recipe), settings))
+    named = recipe_file.find(recipe)
+    chosen = recipe_file.absolute(recipe_file.load(named, settings, machine=_machine(machine)))
     found = rehearse(chosen)
     if as_json:
         _json([one._asdict() for one in found])
@@ -484,6 +533,71 @@ def gc(
         print(f"{size(whole)} can go")
         if whole:
             print(f"\nhint: selfimprove gc {run + ' ' if run else ''}--yes removes it", file=sys.stderr)
+
+
+@app.command()
+def push(
+    run: RunName,
+    to: Annotated[
+        Optional[str],
+        typer.Option("--to", metavar="STORE", help="Folder or URL; machine.store otherwise."),
+    ] = None,
+    reading: Annotated[
+        bool, typer.Option("--verify", help="Read back every file that the store has of the run; 3 when one differs.")
+    ] = False,
+) -> None:
+    """Keep whatever a run has published in a store as well: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or a folder."""
+    from rich.console import Console
+
+    from selfimprove.disk import told
+    from selfimprove.remote import mirror
+    from selfimprove.report.escape import line
+    from selfimprove.report.progress import Moving
+
+    found, chosen = _open(run)
+    kept = mirror.of(to or chosen.machine.store, found)
+    if kept is None:
+        raise UsageError(
+            f"run '{run}' names no store in machine.store", f"selfimprove push {run} --to s3://BUCKET/PREFIX"
+        )
+    kept.store.probe()
+    with told(found.path, run), found.lock(), Moving(Console(stderr=True), "into the store") as bar:
+        pushed = kept.push_all(bar.progress)
+    print(kept.address)
+    print(f"{len(pushed)} stages pushed" if pushed else "every stage was there already", file=sys.stderr)
+    if not reading:
+        return
+    with Moving(Console(stderr=True), "reading back") as bar:
+        wrong = kept.altered(bar.progress)
+    for sentence in wrong:
+        print(line(sentence))
+    print(f"{len(wrong)} broken", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(3)
+
+
+@app.command()
+def pull(
+    address: Annotated[str, typer.Argument(metavar="STORE/RUN", help="For example s3://BUCKET/PREFIX/default.")],
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the run's directory is made.")] = RUNS,
+) -> None:
+    """Make a run's directory from what a store has of it, or bring it whatever it lacks; every byte is checked."""
+    from rich.console import Console
+
+    from selfimprove import recipe_file
+    from selfimprove.remote import mirror
+    from selfimprove.report.escape import line
+    from selfimprove.report.progress import Moving
+    from selfimprove.run import point_links
+
+    told: list[str] = []
+    with Moving(Console(stderr=True), "from the store") as bar:
+        found = mirror.pull(address, runs, bar.progress, told.append)
+    point_links(found, recipe_file.load(found.recipe_file))
+    print(found.path)
+    for sentence in told or ["nothing was missing here"]:
+        print(line(sentence), file=sys.stderr)
+    print(f"\nhint: selfimprove resume {found.name}", file=sys.stderr)
 
 
 @app.command()

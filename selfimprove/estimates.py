@@ -40,14 +40,29 @@ class Total(NamedTuple):
     unknown: dict[str, int]  # of each, how many stages it is not known of
 
 
+class Survey(NamedTuple):
+    """Estimates of the steps that are not done, and what they rest on; all by directory."""
+
+    estimates: dict[str, Estimate]
+    amounts: dict[str, float]  # what comes out of each step, made or not: prompts, completions, pairs
+    bases: dict[str, Examined]  # the steps that they are measured by
+    rules: bounds.Rules | None  # None where all is done
+
+
 def estimate(run: Run, recipe: Recipe, examined: Sequence[Examined]) -> dict[str, Estimate]:
     """What each step will take that is not done, by its directory."""
+    return survey(run, recipe, examined).estimates
+
+
+def survey(run: Run, recipe: Recipe, examined: Sequence[Examined]) -> Survey:
+    """What each step will take that is not done, and by what that is known."""
     found: dict[str, Estimate] = {}
     if all(one.status == "done" for one in examined):
-        return found
+        return Survey(found, {}, {}, None)
     measured = [e for e in examined if e.manifest and "section" in e.manifest.ingredients]
     made = {e.step.directory: _came_out(e.manifest, e) for e in measured if e.manifest}
-    amounts: dict[str, float] = {}  # what comes out of each step, made or not: prompts, completions, pairs
+    amounts: dict[str, float] = {}
+    bases: dict[str, Examined] = {}
     sources = Sources(run, recipe)
     model = bounds.Model.of(sources)
     rules = bounds.Rules(recipe, sources, model)
@@ -60,10 +75,11 @@ def estimate(run: Run, recipe: Recipe, examined: Sequence[Examined]) -> dict[str
         if basis is None or basis.manifest is None:
             found[directory], amounts[directory] = _bound(one, rules, amounts)
             continue
+        bases[directory] = basis
         ratio = _ratio(one, basis, basis.manifest, amounts, made)
         amounts[directory] = _came_out(basis.manifest, basis) * ratio.rows
         found[directory] = _scaled(run, recipe, one, basis, ratio, model)
-    return found
+    return Survey(found, amounts, bases, rules)
 
 
 def total(estimates: Iterable[Estimate]) -> Total:

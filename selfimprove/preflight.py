@@ -15,6 +15,7 @@ from selfimprove.judges.panel import RUN
 from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
 from selfimprove.recipe import Benchmark, Choice, Machine, Recipe, Train
+from selfimprove.remote.objects import Store
 from selfimprove.stages import discriminate, evaluate, label, train
 from selfimprove.training.job import PairRow
 
@@ -26,6 +27,8 @@ def check(chosen: Recipe) -> None:
         UserError: a missing file, an unknown judge, rule or loss, a model directory that cannot serve.
     """
     devices(chosen.machine)
+    if chosen.machine.store:
+        Store(chosen.machine.store)
     evaluate.check(chosen.evaluate)
     apart(chosen)
     measurable(chosen)
@@ -463,6 +466,10 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     from selfimprove.training.rows import admit
 
     check(chosen)
+    stored: list[Rehearsed] = []
+    if chosen.machine.store:
+        Store(chosen.machine.store).probe()
+        stored = [Rehearsed("store", "can be written, read and deleted in")]
     seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
     model = locate_model(chosen.model.path)
     rendered = chat.Chat(model)
@@ -482,6 +489,7 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     ended = sum(row.chosen_ids[-1] in rendered.stop_token_ids for row in kept)
     return [
         Rehearsed("recipe, data and model", "fit together"),
+        *stored,
         Rehearsed("rows", f"{len(kept)} of {len(rows)} can be trained on, {len(dropped)} dropped, none truncated"),
         Rehearsed("end token", f"trained in {ended} of {len(kept)} chosen answers"),
         Rehearsed("prompt", "the template renders it as a prefix of prompt and answer, with at most one BOS"),

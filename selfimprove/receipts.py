@@ -20,15 +20,16 @@ from typing import Any
 import psutil
 
 from selfimprove.masking import masked_all
-from selfimprove.recipe import PACKAGE
+from selfimprove.recipe import PACKAGE, Machine
 from selfimprove.store import model_files, sha256, write_atomically
 
 FOLDER = "receipts"
+SPREAD = {"executor", "workers", "tensor_parallel", "num_processes", "nodes", "sharding"}  # what times depend on
 SECONDS = 20  # that git and nvidia-smi may take
 TOKENIZER = re.compile(r"tokenizer|vocab|merges|special_tokens|added_tokens|spiece|\.model$")
 
 
-def write(run: Path, command: Sequence[str], seed: int, model: Path, identity: str) -> str:
+def write(run: Path, command: Sequence[str], seed: int, model: Path, identity: str, machine: Machine) -> str:
     """Write the receipt of what this process is about to make; returns the sha256 that names it.
 
     Args:
@@ -37,6 +38,7 @@ def write(run: Path, command: Sequence[str], seed: int, model: Path, identity: s
         seed: of the run; those of rows stand in the rows, and derive from it (store.row_seed).
         model: that the run starts from.
         identity: of the same, hashed already.
+        machine: how the work was spread; without its addresses.
     """
     told = {
         "command": masked_all(command),
@@ -48,6 +50,7 @@ def write(run: Path, command: Sequence[str], seed: int, model: Path, identity: s
         "packages": packages(),
         "git": {"working directory": git(Path.cwd()), "selfimprove": git(PACKAGE)},
         "hardware": hardware(),
+        "machine": machine.model_dump(include=SPREAD),
     }
     text = json.dumps(told, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     name = hashlib.sha256(text.encode()).hexdigest()

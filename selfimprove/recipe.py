@@ -470,6 +470,14 @@ class Machine(Section):
     checkpoint_steps: int = Field(100, ge=1)  # optimiser steps between training checkpoints
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
 
+    @pydantic.model_validator(mode="after")
+    def _belongs_to_the_executor(self) -> Self:
+        if self.executor == "static" and self.workers > 1:
+            raise ValueError("workers are of local and ray: the scheduler starts the ranks of static")
+        if self.ray_address and self.executor != "ray":
+            raise ValueError('ray_address goes with executor = "ray"')
+        return self
+
 
 class Recipe(Section):
     """One experiment."""

@@ -20,8 +20,13 @@ def shipped_recipes() -> list[Path]:
     return sorted(path for path in shipped("pipelines").glob("*.toml") if path.stem != "study")
 
 
-def load(path: Path, settings: list[str] | None = None, edits: Sequence[Edit] = ()) -> Recipe:
-    """Read a recipe file, and apply edits and then `a.b=value` settings to it.
+def load(
+    path: Path,
+    settings: list[str] | None = None,
+    edits: Sequence[Edit] = (),
+    machine: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Read a recipe file, and apply edits, the keys of a machine file, and then `a.b=value` settings to it.
 
     Raises:
         UserError: unreadable file, bad TOML, unknown key, or a value of the wrong type.
@@ -29,6 +34,8 @@ def load(path: Path, settings: list[str] | None = None, edits: Sequence[Edit] = 
     table = read_toml(path, "recipe", "selfimprove recipes", "compare with pipelines/default.toml")
     for edit in edits:
         edit.apply(table)
+    for name, value in (machine or {}).items():
+        put(table, f"machine.{name}", value)
     for setting in settings or []:
         _set(table, setting)
     return validated(Recipe, table, f"recipe {path.name}")
@@ -77,6 +84,9 @@ def absolute(recipe: Recipe) -> Recipe:
     if recipe.evaluate.benchmarks:
         benchmarks = [_absolute_benchmark(one) for one in recipe.evaluate.benchmarks]
         changed["evaluate"] = recipe.evaluate.model_copy(update={"benchmarks": benchmarks})
+    if recipe.machine.store and "://" not in recipe.machine.store:
+        store = str(Path(recipe.machine.store).expanduser().resolve())
+        changed["machine"] = recipe.machine.model_copy(update={"store": store})
     return recipe.model_copy(update=changed)
 
 

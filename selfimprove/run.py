@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from selfimprove import boundary, collected, disk, estimates, receipts, recipe_file
 from selfimprove.errors import UsageError, UserError
-from selfimprove.execution import Executors
+from selfimprove.execution import Executors, ranks
 from selfimprove.interrupts import Interrupts
 from selfimprove.masking import masked_all
 from selfimprove.models import is_hub_id, locate_model
@@ -38,6 +38,9 @@ from selfimprove.plan import (
 )
 from selfimprove.preflight import check
 from selfimprove.recipe import Recipe
+from selfimprove.remote import mirror
+from selfimprove.remote.behind import Behind
+from selfimprove.remote.mirror import Mirror
 from selfimprove.stages.io import StageIO
 from selfimprove.status import read_scores, standing
 from selfimprove.store import Artifact, Manifest, Run, key_of, missing_outputs, read_manifest, write_atomically
@@ -134,12 +137,7 @@ def begin(run: Run, chosen: Recipe, command: list[str]) -> None:
         UserError: the run exists with another recipe.
     """
     if run.exists():
-        known = recipe_file.load(run.recipe_file)
-        if differences := recipe_file.differences(known, chosen):
-            raise UserError(
-                f"run '{run.name}' exists with another recipe: {'; '.join(differences)}",
-                f"--run ANOTHER_NAME, or selfimprove resume {run.name} to go on with its own",
-            )
+        agree(run, recipe_file.load(run.recipe_file), chosen)
         return
     (run.path / ".gitignore").write_text("*\n", encoding="utf-8")
     about: dict[str, Any] = {"run": run.name, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
@@ -148,6 +146,19 @@ def begin(run: Run, chosen: Recipe, command: list[str]) -> None:
         about["revision"] = locate_model(chosen.model.path).name  # a snapshot's folder is named by its commit
     write_atomically(run.path / "run.json", json.dumps(about, indent=1) + "\n")
     write_atomically(run.recipe_file, recipe_file.dump(chosen))
+
+
+def agree(run: Run, known: Recipe, chosen: Recipe) -> None:
+    """Refuse to go on with a run under another recipe than its own.
+
+    Raises:
+        UserError: they differ.
+    """
+    if differences := recipe_file.differences(known, chosen):
+        raise UserError(
+            f"run '{run.name}' exists with another recipe: {'; '.join(differences)}",
+            f"--run ANOTHER_NAME, or selfimprove resume {run.name} to go on with its own",
+        )
 
 
 def iterate(
@@ -176,15 +187,22 @@ def iterate(
         UserError: something the user can mend; nothing half-written is left.
     """
     began = time.monotonic()
+    if chosen.machine.executor == "static":
+        ranks.driver()
+    kept = mirror.of(chosen.machine.store, run)
     if not run.exists():
         check(chosen)
-        with disk.told(run.path, run.name):
-            run.path.mkdir(parents=True, exist_ok=True)
+    if kept:
+        kept.store.probe()
+    with disk.told(run.path, run.name):
+        run.path.mkdir(parents=True, exist_ok=True)
     with disk.told(run.path, run.name), run.lock():
         boundary.refuse_links(run.path)
+        if kept:
+            meet(kept, run, chosen, selection, display, tell)
         begin(run, chosen, command)
         if selection.again:
-            for name in _move_aside(run, chosen, selection.again):
+            for name in _move_aside(run, chosen, selection.again, kept):
                 tell(f"set aside {name}")
         run.sweep()
         every = examine(run, chosen)
@@ -204,16 +222,22 @@ def iterate(
         if longest != known:  # more rounds, or other machine settings
             write_atomically(run.recipe_file, recipe_file.dump(longest))
         receipt = write_receipt(run, chosen, command) if todo else ""
-        with Interrupts(display.stopping, display.waiting) as interrupts:
+        told = megabytes(display, "into the store, MB")
+        with (
+            Interrupts(display.stopping, display.waiting) as interrupts,
+            Behind(kept, told, lambda why: run.write_state("failed", error=why)) as behind,
+        ):
             for number, examined in enumerate(todo, 1):
                 step = examined.step
                 display.started(step, number, len(todo))
                 try:
                     interrupts.check()
+                    behind.check()
                     takes = estimates.estimate(run, chosen, every)[step.directory]
                     disk.check(run.path, takes.disk_bytes, step.directory)
                     run.write_state("running", step.iteration, step.name)
                     manifest = execute(run, chosen, step, executors, siblings, display, receipt)
+                    behind.push(step.directory)
                 except BaseException as error:
                     mended = disk.told_of(error, run.path, step.directory)
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -303,6 +327,29 @@ def _nothing_old_searched() -> Iterator[None]:
         gc.unfreeze()
 
 
+def meet(
+    kept: Mirror, run: Run, chosen: Recipe, selection: Selection, display: Display, tell: Callable[[str], None]
+) -> None:
+    """Bring what only the store has, and keep there what only the run's directory has.
+
+    Raises:
+        UserError: the store has another run of this name, or something that is not this run's.
+    """
+    if not run.exists() and (there := kept.beside.recipe()):
+        agree(run, there, chosen)
+    again = dependents(chosen, [selection.again.directory]) if selection.again else []
+    kept.bring(megabytes(display, "from and into the store, MB"), tell, without=again)
+
+
+def megabytes(display: Display, what: str) -> Callable[[int, int], None]:
+    """A function that is told bytes and shows them."""
+
+    def moved(done: int, total: int) -> None:
+        display.progress(what, done // 10**6, -(-total // 10**6))
+
+    return moved
+
+
 def forget(scratch: Path) -> None:
     """Remove what a stage has kept for the case that it is killed."""
     shutil.rmtree(scratch, ignore_errors=True)
@@ -352,10 +399,10 @@ def set_aside(run: Run, chosen: Recipe, stage: str) -> list[str]:
     step = find_step(chosen, stage)
     with run.lock():
         boundary.refuse_links(run.path)
-        return _move_aside(run, chosen, step)
+        return _move_aside(run, chosen, step, mirror.of(chosen.machine.store, run))
 
 
-def _move_aside(run: Run, chosen: Recipe, step: Step) -> list[str]:
+def _move_aside(run: Run, chosen: Recipe, step: Step, kept: Mirror | None) -> list[str]:
     affected = dependents(chosen, [step.directory])
     others = [e for e in examine(run, chosen) if e.status == "stale" and e.step.directory not in affected]
     if others:
@@ -363,6 +410,8 @@ def _move_aside(run: Run, chosen: Recipe, step: Step) -> list[str]:
             f"{others[0].step.directory} is stale too ({others[0].reason}), and is not made from {step.directory}",
             f"begin there: selfimprove resume {run.name} --from {called(others[0].step)}",
         )
+    if kept:  # first there: what was set aside here alone would come back
+        kept.set_aside(affected)
     return move_aside(run, affected)
 
 
@@ -392,7 +441,8 @@ def move_aside(run: Run, names: Sequence[str]) -> list[str]:
 def write_receipt(run: Run, chosen: Recipe, command: list[str]) -> str:
     """Write what this call works with into the run; returns its name, which the manifests bear."""
     sources = Sources(run, chosen)
-    return receipts.write(run.path, command, chosen.seed, sources.path(INITIAL), str(sources.digest(INITIAL)))
+    model, identity = sources.path(INITIAL), str(sources.digest(INITIAL))
+    return receipts.write(run.path, command, chosen.seed, model, identity, chosen.machine)
 
 
 def point_links(run: Run, chosen: Recipe) -> None:

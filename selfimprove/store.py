@@ -470,6 +470,20 @@ class Artifact:
         self._reveal()
         return copied
 
+    def receive(self, text: str) -> Manifest:
+        """Publish the files that were brought here from elsewhere under that manifest.json; each is flushed already.
+
+        Raises:
+            UserError: they are not what the manifest says, as far as their sizes tell, or it is damaged.
+        """
+        write_atomically(self.partial / "manifest.json", text)
+        manifest = read_manifest(self.partial)
+        missing = missing_outputs(self.partial, manifest) if manifest else ["manifest.json"]
+        if manifest is None or missing:
+            raise UserError(f"{self.partial / missing[0]} is missing or was altered", "the same command again")
+        self._reveal()
+        return manifest
+
     def _reveal(self) -> None:
         """Flush the folders and make the artifact visible in one rename."""
         for folder in [self.partial, *(p for p in self.partial.rglob("*") if p.is_dir())]:

@@ -156,10 +156,10 @@ def test_one_that_is_interrupted_leaves_nothing_unexplained(fake_run, monkeypatc
 def test_an_unfinished_run_keeps_whatever_its_next_stages_read(fake_run):
     for name in ("iter-002/4-train", "iter-002/5-evaluate"):
         shutil.rmtree(fake_run / name)
-    (fake_run / "scratch/0123").mkdir(parents=True)
+    (fake_run / "scratch/0123/shards").mkdir(parents=True)
     (fake_run / "cache/abc").mkdir(parents=True)
     (fake_run / "cache/abc/0.safetensors").write_bytes(b"x" * 1000)
-    (fake_run / "scratch/0123/answers.sqlite").write_bytes(b"x")
+    (fake_run / "scratch/0123/shards/ab.done").write_bytes(b"x")
     caches = sorted(fake_run.glob("cache/*/*"))
     gc("fake", "--yes")
     chosen = recipe_file.load(fake_run / "recipe.toml")
@@ -168,7 +168,7 @@ def test_an_unfinished_run_keeps_whatever_its_next_stages_read(fake_run):
             needed = {source for source in step.models.values() if source != "initial"}
     assert needed == {"iter-001/4-train/policy"} <= weights(fake_run)
     assert caches == sorted(fake_run.glob("cache/*/*"))
-    assert (fake_run / "scratch/0123/answers.sqlite").exists()
+    assert (fake_run / "scratch/0123/shards/ab.done").exists()
     (fake_run / "cache/abc/0.safetensors").unlink()
     assert selfimprove("resume", "fake").code == 0
 

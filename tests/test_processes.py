@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from selfimprove import children, interrupts, locks
 from selfimprove.errors import UserError
 from selfimprove.judges.journal import Journal
 from selfimprove.store import Run
+from tests.chaos import outcome
 from tests.conftest import QUICK, SMALL, selfimprove
+from tests.test_run import contents, keys
 
 GONE = 5.0  # seconds in which whatever a driver started is to be gone after it
 
@@ -59,11 +62,14 @@ def killed_alone(driver: subprocess.Popen[str], expected: int) -> None:
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def answered(path: Path) -> int:
-    """Rows of a journal that another process writes."""
-    file = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    with contextlib.closing(file), contextlib.suppress(sqlite3.OperationalError):  # it may be just being made
-        return file.execute("SELECT count(*) FROM answers").fetchone()[0]
+def shards(run: str, kind: str) -> list[Path]:
+    """Files of answers, `part` or `done`, of the stage under way."""
+    return [path for path in Path("runs", run).glob(f"scratch/*/shards/*.{kind}") if size(path)]
+
+
+def size(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
     return 0
 
 
@@ -72,7 +78,7 @@ class TestChildren:
         driver = program("iterate", "--rounds", "1", "--run", "r", *SMALL)
 
         def sampling():
-            return below(driver.pid) and any(answered(path) for path in Path("runs/r").glob("scratch/*/answers.sqlite"))
+            return below(driver.pid) and shards("r", "part")
 
         until(sampling, driver)
         killed_alone(driver, 1)
@@ -292,18 +298,42 @@ class TestJournal:
         journal.put("b", b"2")
         assert journal.get(["a", "b"]) == {"a": b"\x01", "b": b"2"}
 
-    def test_a_run_goes_on_with_an_empty_one(self, cut_data):
+
+class TestShards:
+    @pytest.mark.parametrize("kind", ["part", "done"])
+    def test_a_run_goes_on_where_answers_are_damaged(self, cut_data, kind):
         """Also: what a kill has left of an earlier stage's scratch goes."""
         assert selfimprove("iterate", "--rounds", "1", "--run", "whole", *QUICK).code == 0
         driver = program("iterate", "--rounds", "1", "--run", "r", *QUICK)
-        [journal] = until(lambda: list(Path("runs/r").glob("scratch/*/answers.sqlite")), driver)
+        until(lambda: shards("r", kind), driver)
         driver.kill()
         driver.communicate()
-        if journal.exists():
-            journal.write_bytes(b"x" * 5000)
+        for path in shards("r", kind):
+            path.write_bytes(b"x" * 5000)
         done = json.loads(next(Path("runs/whole").glob("iter-001/1-*/manifest.json")).read_text())["key"][:32]
         (Path("runs/r/scratch") / done).mkdir(parents=True, exist_ok=True)
         result = selfimprove("resume", "r")
         assert result.code == 0, result.err
         assert "Traceback" not in result.err
         assert not Path("runs/r/scratch").exists()
+        assert contents(Path("runs/r")) == contents(Path("runs/whole"))
+
+
+class TestWorkers:
+    def test_a_run_of_two_workers_publishes_what_a_run_of_one_does(self, cut_data):
+        """Of a recipe that writes, judges, scores and trains; whole files, rows and keys."""
+        for run, count in (("one", 1), ("two", 2)):
+            result = selfimprove(
+                "iterate", "--rounds", "2", "--run", run, *QUICK, "--set", f"machine.workers={count}"
+            )  # fmt: skip
+            assert result.code == 0, result.err
+        one, two = Path("runs/one"), Path("runs/two")
+        assert keys(one) == keys(two)
+        assert contents(one) == contents(two)
+        tables = [path.relative_to(one) for path in sorted(one.glob("iter-*/*/*.parquet"))]
+        assert len(tables) > 10
+        for table in tables:
+            assert pq.read_table(one / table).to_pylist() == pq.read_table(two / table).to_pylist(), table
+        assert outcome.rows(one) == outcome.rows(two)
+        assert [path.name for path in sorted((two / "logs").glob("worker-*"))] == ["worker-0.log", "worker-1.log"]
+        assert not list((one / "logs").glob("worker-*"))

@@ -189,8 +189,11 @@ class TestGoldDistillation:
         key = [(row.prompt_id, row.sample) for row in answers]
         assert key == [(row.prompt_id, row.sample) for row in drafts if row.source == "current"]
         assert len({row.seed for row in answers}) == len(answers)
-        [batch] = [asked for asked in requests if [r.seed for r in asked] == [row.seed for row in answers]]
-        assert [r.prompt_token_ids for r in batch] == [rendered.prompt_ids(row.prompt) for row in answers]
+        seeds_of = {row.seed for row in answers}
+        batch = [r for asked in requests for r in asked if r.seed in seeds_of]
+        assert len(batch) == len(answers)  # each asked once
+        asked_by_seed = {r.seed: (r.prompt_token_ids, r.n) for r in batch}
+        assert [asked_by_seed[row.seed] for row in answers] == [(rendered.prompt_ids(r.prompt), 1) for r in answers]
         texts: dict[str, set[str]] = {}
         for row in answers:
             texts.setdefault(row.prompt_id, set()).add(row.text)

@@ -21,7 +21,7 @@ class Executors:
 
     def __init__(self, log: Path | None = None) -> None:
         self.engines = Engines(log)
-        self._workers: tuple[recipe.Machine, Executor] | None = None
+        self._workers: tuple[recipe.Machine, Path, Executor] | None = None
 
     def __enter__(self) -> "Executors":
         return self
@@ -33,21 +33,33 @@ class Executors:
         """Those that a recipe's [machine] asks for; others that are open are closed."""
         if machine.executor == "local" and machine.workers == 1:
             return Inline(self.engines, machine)
-        if self._workers is None or self._workers[0] != machine:
+        board = logs.parent if machine.executor == "static" else Path()  # ranks follow one run
+        if self._workers is None or self._workers[:2] != (machine, board):
             if self._workers:
-                self._workers[1].close()
-            self._workers = machine, _open(machine, logs)
-        return self._workers[1]
+                self._workers[2].close()
+                self._workers = None
+            self._workers = machine, board, self._open(machine, logs)
+        return self._workers[2]
 
     def close(self) -> None:
         """End all workers and engines."""
         if self._workers:
-            self._workers[1].close()
+            self._workers[2].close()
             self._workers = None
         self.engines.close()
 
+    def _open(self, machine: recipe.Machine, logs: Path) -> Executor:
+        match machine.executor:
+            case "local":
+                from selfimprove.execution.local import Local
 
-def _open(machine: recipe.Machine, logs: Path) -> Executor:
-    from selfimprove.execution.local import Local
+                return Local(machine, logs)
+            case "static":
+                from selfimprove.execution.board import FOLDER
+                from selfimprove.execution.static import Static
 
-    return Local(machine, logs)
+                return Static(self.engines, machine, logs.parent / FOLDER)
+            case "ray":
+                from selfimprove.execution.ray_pool import RayPool
+
+                return RayPool(machine, logs)

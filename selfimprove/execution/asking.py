@@ -36,8 +36,11 @@ def ask(
         KeyboardInterrupt: the user asked to stop.
         UserError: the engine cannot serve, or a shard's file is damaged again and again.
     """
+    source = iter(rows)
     waiting: deque[Shard] = deque()  # in the order of the rows
+    begun: set[str] = set()
     done: set[str] = set()
+    damaged: list[Shard] = []  # to be carried out again
     answered: dict[str, int] = {}  # rows of shards that are not passed on yet
     passed = 0
 
@@ -45,41 +48,57 @@ def ask(
         answered[name] = count
         progress(passed + sum(answered.values()))
 
-    def undone() -> Iterator[Shard]:
-        iterator = iter(rows)
-        while window := list(islice(iterator, WINDOW)):
-            shards = list(cut(work, window))
-            waiting.extend(shards)
-            for shard in sorted(shards, key=lambda one: -one.weight):  # the longest may not come last
-                if answers(folder, work, shard) is None:
-                    yield shard
-                else:
-                    done.add(shard.id)
-                    heard(shard.id, len(shard.rows))
+    def window() -> list[Shard] | None:
+        """What of the next rows is to be carried out, the longest first, since it may not come last; None = no rows."""
+        if not (taken := list(islice(source, WINDOW))):
+            return None
+        shards = list(cut(work, taken))
+        waiting.extend(shards)
+        undone = []
+        for shard in sorted(shards, key=lambda one: -one.weight):
+            if shard.id in begun:  # the same rows once more
+                continue
+            begun.add(shard.id)
+            if answers(folder, work, shard) is None:
+                undone.append(shard)
+            else:
+                done.add(shard.id)
+                heard(shard.id, len(shard.rows))
+        return undone
+
+    def further(first: list[Shard]) -> Iterator[Shard]:
+        yield from first
+        while (more := window()) is not None:
+            yield from more
 
     def finished() -> Iterator[Any]:
         nonlocal passed
         while waiting and waiting[0].id in done:
-            shard = waiting.popleft()
-            found = _read(executor, folder, work, shard)
+            shard = waiting[0]
+            found = answers(folder, work, shard)
+            if found is None:
+                done.remove(shard.id)
+                damaged.append(shard)
+                return
+            waiting.popleft()
             answered.pop(shard.id, None)
             passed += len(shard.rows)
             yield from found
 
-    for name in executor.map_shards(folder, work, undone(), heard):
-        done.add(name)
+    while (first := window()) == []:  # what a resumed stage has long had
         yield from finished()
-    yield from finished()
+    shards: Iterable[Shard] = further(first or [])
+    for _ in range(TRIES):
+        for name in executor.map_shards(folder, work, shards, heard):
+            done.add(name)
+            yield from finished()
+        yield from finished()
+        if not damaged:
+            break
+        shards = list(damaged)
+        damaged.clear()
     if waiting:
         interrupts.check()
-        raise RuntimeError(f"{len(waiting)} shards were not carried out")
-
-
-def _read(executor: Executor, folder: Path, work: Work, shard: Shard) -> list[Any]:
-    for _ in range(TRIES):
-        found = answers(folder, work, shard)
-        if found is not None:
-            return found
-        for _ in executor.map_shards(folder, work, [shard], lambda name, count: None):
-            pass
-    raise UserError(f"{folder / shard.id}.done is damaged each time that it is written", "look at the disk it lies on")
+        raise UserError(
+            f"{folder / waiting[0].id}.done is damaged each time that it is written", "look at the disk it lies on"
+        )

@@ -40,6 +40,7 @@ def carry_out(
     answering = Answering(folder, shard)
     try:
         missing = answering.missing()
+        heard(len(answering.known))
         wanted = missing if only is None else sorted(set(missing).intersection(only))
         hunt = Hunt(wanted, len(shard.rows))
 

@@ -11,8 +11,9 @@ LEAST = 3
 class Hunt:
     """The rows of a shard that are still to be answered, in portions.
 
-    A first death is taken for an accident. After a second without a row answered between them the portion is halved;
-    a row that an engine dies on alone is left out.
+    The first death is taken for an accident. After any other one, what is left of the portion is halved, even where
+    some rows were answered before: the row that it dies on may stay among them for long. A row that an engine dies on
+    alone is left out.
 
     Args:
         rows: their numbers.
@@ -22,7 +23,7 @@ class Hunt:
     def __init__(self, rows: Sequence[int], size: int) -> None:
         self._portions = [list(rows)] if rows else []
         self._size = size
-        self._accident = True  # may still be one
+        self._forgiven = False
         self.halved = False
         self.lost: list[int] = []
 
@@ -43,8 +44,8 @@ class Hunt:
         """
         if not left:
             return
-        if len(left) < len(tried) or self._accident:
-            self._accident = len(left) < len(tried)
+        if not self._forgiven or (len(left) == 1 and len(tried) > 1):  # the last one was not alone yet
+            self._forgiven = True
             self._portions.append(list(left))
         elif len(left) > 1:
             self.halved, middle = True, len(left) // 2

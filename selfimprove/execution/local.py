@@ -47,7 +47,7 @@ class _Worker:
         self.number, self.log = number, log
         self._machine, self._devices = machine, devices
         self.job: _Job | None = None
-        self.silent_starts = 0  # since it last answered
+        self.silent_starts = 0  # one after the other, of processes that ended before they said a word
         self._start()
 
     def _start(self) -> None:
@@ -67,7 +67,7 @@ class _Worker:
                 env=environment,
             )
         self.connection = Connection(ours.detach())
-        self.heard = time.monotonic()
+        self.heard, self.spoke = time.monotonic(), False
 
     def send(self, call: messages.Call) -> None:
         """Say something; a worker that is gone is noticed by who listens."""
@@ -75,21 +75,37 @@ class _Worker:
             self.connection.send_bytes(msgspec.msgpack.encode(call))
         self.heard = time.monotonic()
 
-    def restart(self) -> None:
-        """Start it anew, where it died or hangs.
+    def reply(self) -> messages.Reply | None:
+        """What it says; None where it is gone."""
+        try:
+            reply: messages.Reply = msgspec.msgpack.decode(self.connection.recv_bytes(), type=messages.Reply)
+        except (EOFError, OSError):
+            return None
+        self.heard, self.spoke = time.monotonic(), True
+        return reply
+
+    def end_if_silent(self) -> None:
+        """End it where it said nothing for too long; `reply` says so."""
+        if time.monotonic() - self.heard > self._machine.engine_timeout_s + GRACE:
+            children.end(self.process)
+
+    def restart(self) -> int | None:
+        """Start it anew, where it died; returns the exit code of the one before.
 
         Raises:
             UserError: it does not come up.
         """
         self.close()
-        self.silent_starts += 1
+        code: int | None = self.process.returncode
+        self.silent_starts = 0 if self.spoke else self.silent_starts + 1
         if self.silent_starts >= STARTS:
             raise UserError(
-                f"worker {self.number} ended {self.silent_starts} times without an answer "
-                f"(the last time with code {self.process.returncode})",
+                f"worker {self.number} ended {self.silent_starts} times before it said a word "
+                f"(the last time with code {code})",
                 f"what was finished is kept; its output is {self.log}; then selfimprove resume RUN",
             )
         self._start()
+        return code
 
     def close(self) -> None:
         """End it and what it started."""
@@ -130,11 +146,11 @@ class Local:
                 ready = wait([worker.connection for worker in busy], TICK)
                 for worker in busy:
                     if worker.connection not in ready:
-                        self._check_silence(worker)
+                        worker.end_if_silent()
                         continue
                     job = worker.job
                     assert job is not None
-                    match _reply(worker):
+                    match worker.reply():
                         case messages.Answered(count):
                             heard(job.shard.id, count)
                         case messages.Stopped():
@@ -147,7 +163,7 @@ class Local:
                                 else RuntimeError(f"worker {worker.number}: {message}; its output is {worker.log}")
                             )
                         case messages.Done():
-                            worker.job, worker.silent_starts = None, 0
+                            worker.job = None
                             if job.hunt.more:
                                 again.append(job)
                             else:
@@ -166,16 +182,24 @@ class Local:
     def sleep(self, work: Work) -> None:
         """See protocol.Executor."""
         self._start()
-        for worker in self._workers:
-            worker.send(messages.Sleep(msgspec.msgpack.encode(work)))
-        for worker in self._workers:
-            match _reply(worker):
-                case messages.Done():
-                    worker.silent_starts = 0
-                case messages.Failed(message, hint):
-                    raise UserError(message, hint or f"its output is {worker.log}")
-                case _:  # it died: the memory is free, too
-                    worker.restart()
+        try:
+            for worker in self._workers:
+                worker.send(messages.Sleep(msgspec.msgpack.encode(work)))
+            for worker in self._workers:
+                while not worker.connection.poll(TICK):
+                    worker.end_if_silent()
+                match worker.reply():
+                    case messages.Done():
+                        pass
+                    case messages.Failed(message, hint):
+                        raise UserError(message, hint or f"its output is {worker.log}")
+                    case messages.Stopped():
+                        raise KeyboardInterrupt
+                    case _:  # it died: the memory is free, too
+                        worker.restart()
+        except BaseException:  # what others say would be taken for the answer to the next call
+            self.close()
+            raise
 
     def close(self) -> None:
         """See protocol.Executor."""
@@ -212,14 +236,9 @@ class Local:
                 _Worker(k, self._machine, self._logs / f"worker-{k}.log", group) for k, group in enumerate(groups)
             ]
 
-    def _check_silence(self, worker: _Worker) -> None:
-        if time.monotonic() - worker.heard > self._machine.engine_timeout_s + GRACE:
-            children.end(worker.process)  # noticed as a death at the next look
-
     def _died(self, worker: _Worker, job: _Job, folder: Path) -> None:
         """Start another worker, and find out which rows are left; the one that kills workers is left out."""
-        code = worker.process.poll()
-        worker.restart()
+        code = worker.restart()
         answering = Answering(folder, job.shard)
         before = len(job.hunt.lost)
         error = UserError(f"a worker ended with code {code}", f"its output is {worker.log}")
@@ -227,8 +246,6 @@ class Local:
         for number in job.hunt.lost[before:]:
             answering.put(number, Lost(POISONED))
         answering.close()
-        if len(answering.known) > 0:
-            worker.silent_starts = 0
 
     def _abandon(self) -> None:
         """Leave no worker in the middle: what it says would be taken for the answer to the next call."""
@@ -257,13 +274,3 @@ def device_groups(machine: recipe.Machine) -> Sequence[str | None]:
             "machine.workers, machine.tensor_parallel",
         )
     return [",".join(names[k * size : (k + 1) * size]) for k in range(machine.workers)]
-
-
-def _reply(worker: _Worker) -> messages.Reply | None:
-    """What a worker says; None where it is gone."""
-    try:
-        reply: messages.Reply = msgspec.msgpack.decode(worker.connection.recv_bytes(), type=messages.Reply)
-    except (EOFError, OSError):
-        return None
-    worker.heard = time.monotonic()
-    return reply

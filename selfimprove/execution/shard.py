@@ -77,6 +77,13 @@ ANSWERS: dict[Task, Any] = {
 }
 
 
+def located(work: Work) -> Work:
+    """The same work for a process in another folder, or on another machine that sees the same files."""
+    policy = None if work.policy is None else str(Path(work.policy).absolute())
+    model, logs = str(Path(work.model).absolute()), str(Path(work.logs).absolute())
+    return msgspec.structs.replace(work, model=model, policy=policy, logs=logs)
+
+
 def cut(work: Work, rows: Sequence[Any]) -> Iterator[Shard]:
     """A window's rows as shards, in their order."""
     size = min(LARGEST, max(SMALLEST, -(-len(rows) // PARTS)))
@@ -89,10 +96,9 @@ def cut(work: Work, rows: Sequence[Any]) -> Iterator[Shard]:
 
 
 def ask(folder: Path, work: Work, shard: Shard) -> None:
-    """Write a shard's question, for a worker that has only the folder."""
-    path = folder / f"{shard.id}.ask"
-    if not path.exists():
-        _write(path, msgspec.msgpack.encode([msgspec.msgpack.encode(work), msgspec.msgpack.encode(shard.rows)]))
+    """Write a shard's question, for a worker that has only the folder; one that is there may name old paths."""
+    question = msgspec.msgpack.encode([msgspec.msgpack.encode(work), msgspec.msgpack.encode(shard.rows)])
+    _write(folder / f"{shard.id}.ask", question)
 
 
 def asked(folder: Path, name: str) -> tuple[Work, Shard]:

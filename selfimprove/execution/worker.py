@@ -3,6 +3,7 @@
 Started by `local.Local` as `python -m selfimprove.execution.worker FD PID MACHINE LOG`.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -24,6 +25,46 @@ from selfimprove.execution.inline import rest
 from selfimprove.execution.shard import Work, asked
 
 BEAT = 0.2  # seconds between two words about how far it is
+PULSE = 1.0  # seconds between two words in any case, while a call is under way: a model may be slow to finish a row
+
+
+class Voice:
+    """What a worker says to its driver.
+
+    Args:
+        connection: to the driver.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._count: int | None = None  # of rows answered; None = between two calls
+        self._spoke = 0.0
+        threading.Thread(target=self._pulse, daemon=True).start()
+
+    def tell(self, count: int) -> None:
+        """So many rows have an answer."""
+        self._count = count
+        if time.monotonic() - self._spoke > BEAT:
+            self._say(count)
+
+    def end(self, reply: messages.Reply) -> None:
+        """The call is over."""
+        with self._lock:
+            self._count = None
+            self._connection.send_bytes(msgspec.msgpack.encode(reply))
+
+    def _say(self, count: int | None) -> None:
+        with self._lock:
+            if count is not None and self._count is not None:
+                self._spoke = time.monotonic()
+                self._connection.send_bytes(msgspec.msgpack.encode(messages.Answered(count)))
+
+    def _pulse(self) -> None:
+        while True:
+            time.sleep(PULSE)
+            with contextlib.suppress(OSError):  # whoever listens ends this process
+                self._say(self._count)
 
 
 def answer(call: messages.Call, engines: Engines, machine: recipe.Machine, tell: Callable[[int], None]) -> None:
@@ -42,16 +83,7 @@ def main(descriptor: int, driver: int, settings: str, log: str) -> None:
     connection = Connection(descriptor)
     machine = recipe.Machine.model_validate_json(settings)
     calls: SimpleQueue[messages.Call] = SimpleQueue()
-    spoke = 0.0
-
-    def send(reply: messages.Reply) -> None:
-        connection.send_bytes(msgspec.msgpack.encode(reply))
-
-    def tell(count: int) -> None:
-        nonlocal spoke
-        if time.monotonic() - spoke > BEAT:
-            spoke = time.monotonic()
-            send(messages.Answered(count))
+    voice = Voice(connection)
 
     with interrupts.Interrupts(lambda: None) as asked_to_stop, Engines(Path(log)) as engines:
 
@@ -61,26 +93,24 @@ def main(descriptor: int, driver: int, settings: str, log: str) -> None:
                     call = msgspec.msgpack.decode(connection.recv_bytes(), type=messages.Call)
                 except (EOFError, OSError):
                     os._exit(1)  # nobody waits for an answer
-                if isinstance(call, messages.Stop):
-                    asked_to_stop.pending = True
-                else:
+                asked_to_stop.pending = isinstance(call, messages.Stop)  # of the call before; a study goes on
+                if not isinstance(call, messages.Stop):
                     calls.put(call)
 
         threading.Thread(target=listen, daemon=True).start()
         while True:
             call = calls.get()
             try:
-                answer(call, engines, machine, tell)
+                answer(call, engines, machine, voice.tell)
                 reply: messages.Reply = messages.Done()
             except KeyboardInterrupt:
-                asked_to_stop.pending = False  # a study goes on with other runs
                 reply = messages.Stopped()
             except UserError as error:
                 reply = messages.Failed(error.message, error.hint)
             except Exception as error:
                 traceback.print_exc()
                 reply = messages.Failed(f"{type(error).__name__}: {error}", None)
-            send(reply)
+            voice.end(reply)
 
 
 if __name__ == "__main__":

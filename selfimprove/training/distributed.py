@@ -1,16 +1,21 @@
 """One process or several (torchrun): who we are, wrapping a module, sums over all, whole tensors from shards."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+T = TypeVar("T")
 Sharding = Literal["ddp", "fsdp"]
+# of one exchange: as long as the slowest process may load or save; one that died is noticed at once, by torchrun or
+# by its closed connection, and only one that hangs takes this long
+TIMEOUT = timedelta(minutes=30)
 
 
 class World(NamedTuple):
@@ -24,6 +29,9 @@ class World(NamedTuple):
     def first(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
+
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def device() -> torch.device:
@@ -43,7 +51,7 @@ def joined() -> Iterator[World]:
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), size, here)
     finally:
@@ -76,6 +84,15 @@ def wrap(module: nn.Module, layers: list[nn.Module], sharding: Sharding, world: 
     return module
 
 
+def reshard(module: nn.Module) -> None:
+    """Drop what FSDP2 gathered in a forward pass without a backward one: `parameters` are those that are kept again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def gradients_wait(module: nn.Module) -> AbstractContextManager[None]:
     """Backward passes inside add up gradients locally; the next one outside exchanges them."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -88,6 +105,27 @@ def sum_(tensor: Tensor, world: World) -> Tensor:
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def everywhere(part: Callable[[], T], world: World) -> list[T]:
+    """What `part` gives on each process, known to all; every process must call it.
+
+    Raises:
+        Exception: that of the first process where `part` raised one, on all of them: none waits for another in vain.
+    """
+    if world.size == 1:
+        return [part()]
+    found: T | Exception
+    try:
+        found = part()
+    except Exception as error:
+        found = error
+    every: list[Any] = [None] * world.size
+    dist.all_gather_object(every, found)
+    for one in every:
+        if isinstance(one, Exception):
+            raise one
+    return every
 
 
 def gathered(found: dict[bytes, Tensor], world: World) -> dict[bytes, Tensor]:
@@ -108,17 +146,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def assign_(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor into one that may be sharded."""
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor that every process has, cut as `target` is."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def hand_out_(target: Tensor, value: Tensor) -> None:
+    """Write the first process's value into a tensor of all, cut or not; that of the others only has the shape."""
     value = value.to(target.device, target.dtype)
     if isinstance(target, DTensor):
         target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
     else:
+        dist.broadcast(value, 0)
         target.copy_(value)
-
-
-def whole_parameters(model: Any) -> dict[str, Tensor]:
-    """All parameters and saved buffers by name, whole and on the CPU; tied ones once. Every process must ask."""
-    found = {name: whole(p.detach()).cpu() for name, p in model.named_parameters()}
-    saved = model.state_dict().keys()
-    return found | {name: whole(b).cpu() for name, b in model.named_buffers() if name in saved}

@@ -14,6 +14,8 @@ from selfimprove.engine.checkpoints import SAFE
 from selfimprove.store import model_files
 from selfimprove.training import weights
 
+SHARD = "5GB"  # of weights in one file; larger models have several and an index
+
 
 def save(model: Any, out: Path, like: Path) -> None:
     """Write weights and configuration of `model`, everything else as it is in `like`, and the canary.
@@ -23,7 +25,7 @@ def save(model: Any, out: Path, like: Path) -> None:
     """
     model.eval()
     try:
-        model.save_pretrained(out)
+        model.save_pretrained(out, max_shard_size=SHARD)
     except safetensors.SafetensorError as error:  # it hides the number of an operating system's error in its text
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

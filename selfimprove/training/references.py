@@ -54,6 +54,7 @@ class Live:
 
     def follow(self, policy: nn.Module, step: int) -> None:
         """Take in the policy after an optimiser step."""
+        distributed.reshard(self.module)
         own, new = weights.parameters(self.module), weights.parameters(policy)
         if self.how == "ema":
             weights.ema_(own, new, self.rate)

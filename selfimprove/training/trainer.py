@@ -5,8 +5,9 @@ import json
 import random
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import transformers
 from selfimprove import interrupts, recipe
 from selfimprove.engine.checkpoints import SAFE
 from selfimprove.errors import UserError
-from selfimprove.training import adapters, checkpoint, distributed, export, losses, references, weights
+from selfimprove.training import adapters, checkpoint, distributed, export, losses, references, sharded, weights
 from selfimprove.training.distributed import World
 from selfimprove.training.job import Job, PairRow, Weights
 from selfimprove.training.learner import Learner
@@ -45,11 +46,11 @@ def fit(job: Job, world: World) -> dict[str, float]:
     torch.manual_seed(job.seed)
     if job.machine.threads is not None:
         torch.set_num_threads(job.machine.threads)
-    policy = _policy(job, world)
+    policy, module = _policy(job, world)
     mode = _mode(job, policy, world)
-    module = _wrapped(policy, job, world)
+    distributed.reshard(module)
     shown: dict[str, float] = {}
-    resumed = checkpoint.latest(job.scratch)
+    resumed = checkpoint.latest(job.scratch, world)
     at = checkpoint.read_progress(resumed) if resumed else {"chunk": 0, "steps_done": 0}
     log = _Log(job, world, at.get("lines", 0), mode)
     chunks = _chunks(job, mode, world)
@@ -78,7 +79,7 @@ def fit(job: Job, world: World) -> dict[str, float]:
         log.publish()
     finally:
         log.close()
-    _save(job, policy, module, world)
+    _save(job, policy, world)
     return shown | {"packed": float(mode == "packed"), "chunks": float(len(chunks))}
 
 
@@ -90,25 +91,43 @@ def _asked_to_stop(job: Job, world: World) -> bool:
     return bool(distributed.sum_(found, world).item())
 
 
-def _policy(job: Job, world: World) -> Scorer:
+def _policy(job: Job, world: World) -> tuple[Scorer, torch.nn.Module]:
+    """The policy, and the same as the processes run it."""
     adapter = job.optimizer.adapter
-    model = _base(job.start.path, job, world)
-    if adapter:
-        adapters.attach(model, adapter)
+    attach = partial(adapters.attach, adapter=adapter) if adapter else None
+    model = _model(job.start.path, job, world, attach)
     _without_dropout(model)
     if job.machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()  # else adapters alone leave nothing to differentiate at the first layer
-    return _scorer(model, job)
+    scorer = _scorer(model, job)
+    return scorer, _wrapped(scorer, job.start.path, job, world)
+
+
+def _frozen(directory: Path, job: Job, mode: Mode, world: World) -> tuple[Scorer, torch.nn.Module]:
+    """A reference: the same forward as the policy's, no gradient, cut like the policy."""
+    scorer = _scorer(_model(directory, job, world).eval().requires_grad_(False), job)
+    scorer.use(mode)
+    return scorer, _wrapped(scorer, directory, job, world) if _cut(job, world) else scorer
+
+
+def _cut(job: Job, world: World) -> bool:
+    return job.machine.sharding == "fsdp" and world.size > 1
 
 
 def _quantized(job: Job) -> bool:
     return job.optimizer.adapter is not None and job.optimizer.adapter.quantize is not None
 
 
-def _base(directory: Path, job: Job, world: World) -> Any:
+def _model(directory: Path, job: Job, world: World, attach: Callable[[Any], Any] | None = None) -> Any:
     """A model in the numbers that policy and references share, else they would differ at the first step."""
-    return adapters.load_quantized(directory) if _quantized(job) else _load(directory, world)
+    if _cut(job, world):  # its weights are read once it is cut
+        model = sharded.skeleton(directory)
+        if attach:
+            sharded.adapted(model, attach)
+        return model
+    model = adapters.load_quantized(directory) if _quantized(job) else _load(directory, world)
+    return attach(model) if attach else model
 
 
 def _load(directory: Path, world: World) -> Any:
@@ -120,11 +139,11 @@ def _scorer(model: Any, job: Job) -> Scorer:
     return Scorer(model, job.machine.logits_mib << 20, DTYPES[job.optimizer.dtype])
 
 
-def _frozen(directory: Path, job: Job, mode: Mode, world: World) -> Scorer:
-    """A reference: the same forward as the policy's, no gradient."""
-    scorer = _scorer(_base(directory, job, world).eval().requires_grad_(False), job)
-    scorer.use(mode)
-    return scorer
+def _wrapped(scorer: Scorer, directory: Path, job: Job, world: World) -> torch.nn.Module:
+    module = distributed.wrap(scorer, sharded.layers(scorer.body), job.machine.sharding, world, scorer.dtype)
+    if _cut(job, world):
+        sharded.load(module, scorer.model, directory, world)
+    return module
 
 
 def _without_dropout(model: Any) -> None:
@@ -149,11 +168,6 @@ def _mode(job: Job, policy: Scorer, world: World) -> Mode:
     return tried.mode
 
 
-def _wrapped(scorer: Scorer, job: Job, world: World) -> torch.nn.Module:
-    layers = list(scorer.body.layers) if job.machine.sharding == "fsdp" else []
-    return distributed.wrap(scorer, layers, job.machine.sharding, world, scorer.dtype)
-
-
 def _learner(
     job: Job, policy: Scorer, module: torch.nn.Module, rows: list[PairRow], chunk: int, steps: int, world: World
 ) -> Learner:
@@ -175,8 +189,7 @@ def _learner(
         if section.noise and section.noise.kind == "constant_margin":
             margin = section.noise.margin
         elif section.noise:
-            scorer = _frozen(job.references[section.references[0]].path, job, policy.mode, world)
-            beside = _wrapped(scorer, job, world) if job.machine.sharding == "fsdp" else scorer
+            scorer, beside = _frozen(job.references[section.references[0]].path, job, policy.mode, world)
             player = Player(section.noise, scorer, beside, job.optimizer.learning_rate, job.seed, world)
     learner = Learner(policy, module, bound, job.optimizer, steps, job.machine, world, known, player, margin)
     if section:
@@ -203,13 +216,12 @@ def _reference(
         return references.cached(policy, module, trees, job.machine.train_tokens, world, store)
     if name == "ema" or section.reference_sync:
         source = job.start if name == "ema" else job.references[name]
-        live = _frozen(source.path, job, policy.mode, world)
-        wrapped = _wrapped(live, job, world) if job.machine.sharding == "fsdp" else live
+        _, live = _frozen(source.path, job, policy.mode, world)
         if name == "ema":
-            return Live(wrapped, "ema", section.ema_decay or 0.0)
+            return Live(live, "ema", section.ema_decay or 0.0)
         sync = section.reference_sync
         assert sync is not None
-        return Live(wrapped, "sync", sync.alpha, sync.steps)
+        return Live(live, "sync", sync.alpha, sync.steps)
     return _cached(job, job.references[name], trees, policy.mode, world)
 
 
@@ -219,8 +231,7 @@ def _cached(job: Job, source: Weights, trees: list[Any], mode: Mode, world: Worl
     known = store.read()
     if not references.missing(trees, known):
         return references.cached_from(known)
-    scorer = _frozen(source.path, job, mode, world)
-    beside = _wrapped(scorer, job, world) if job.machine.sharding == "fsdp" else scorer
+    scorer, beside = _frozen(source.path, job, mode, world)
     return references.cached(scorer, beside, trees, job.machine.train_tokens, world, store)
 
 
@@ -409,22 +420,23 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _save(job: Job, policy: Scorer, module: torch.nn.Module, world: World) -> None:
+def _save(job: Job, policy: Scorer, world: World) -> None:
     """A plain model directory: our weights, everything else as it was where we started, and the canary."""
     adapter = job.optimizer.adapter
     if adapter:
         trained = {n.removeprefix("model."): distributed.whole(t) for n, t in adapters.state(policy).items()}
         if world.first:
+            if _cut(job, world):  # one device does not hold the merged model
+                trained = {name: tensor.cpu() for name, tensor in trained.items()}
             rows = [row.prompt_ids + row.chosen_ids for row in job.rows[:SAMPLE]]
             _write(job, adapters.merge(trained, adapter, job.start.path, rows))
-    else:
-        found = distributed.whole_parameters(policy.model)
-        if world.first:
-            model = policy.model if world.size == 1 else _load(job.start.path, World(0, 1, torch.device("cpu")))
-            if world.size > 1:
-                model.load_state_dict(found, strict=False)
-            policy.use("padded")
-            _write(job, model)
+    elif _cut(job, world):
+        whole = sharded.whole(policy.model, job.start.path, world)
+        if whole is not None:
+            _write(job, whole)
+    elif world.first:
+        policy.use("padded")
+        _write(job, policy.model)
     distributed.barrier(world)
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.bench.judging [--rows 20000] [--repeats 5]
 
-The rubric is timed as the stage label uses it, panel, templates and journal included, on the embedded model with real
+The rubric is timed as the stage label uses it, panel, templates and shards included, on the embedded model with real
 vLLM; the raw engine generates the same requests (ids, seeds, sampling) in one call. Both in turn, in one process, on
 other seeds in each repetition so that neither finds the other's answers.
 """
@@ -22,8 +22,7 @@ from selfimprove.judges.panel import Models
 from selfimprove.judges.rubric import rubric
 from selfimprove.judges.verifiers import verifier
 from selfimprove.store import row_seed
-
-MODEL = data.SHIPPED["demo:model"]
+from tests.executing import MODEL, inline
 
 
 def candidates(number: int) -> list[Candidate]:
@@ -64,8 +63,9 @@ def judge_and_engine(rows: list[Candidate], repeats: int) -> None:
                 servers={},
                 paths={"current": MODEL},
                 identities={"current": "demo"},
-                open_engine=lambda: engine,
-                open_other=None,
+                executor=inline(engine),
+                policy=MODEL,
+                logs=Path(folder),
                 scratch=Path(folder) / str(repeat),
                 cache=Path(folder),
                 account="bench",

@@ -1,9 +1,9 @@
 """The program under a microphone: `python -m tests.chaos.driver PLAN ARGUMENTS...` runs the command line as it is.
 
-Every moment at which a kill could tear something (a file opened for writing, a rename, an fsync, a journal's put, a
+Every moment at which a kill could tear something (a file opened for writing, a rename, an fsync, an answer kept, a
 link, a process started) is written to a ledger that outlives a SIGKILL. At the moment that the plan names, the driver
 says so on a pipe and, where the plan wants the kill exactly there, waits for it. The package itself has no hook:
-Python's audit events tell of files, and `Journal.put` and `os.fsync` are wrapped here.
+Python's audit events tell of files, and `Answering.put`, `Journal.put` and `os.fsync` are wrapped here.
 """
 
 import json
@@ -79,11 +79,19 @@ def opened(name: str, flags: int) -> str:
 
 
 def wrap(ledger: Ledger) -> None:
-    """Journal.put and put_paid, fsync, and the stage that the state names."""
+    """Answering.put, Journal.put and put_paid, fsync, and the stage that the state names."""
+    from selfimprove.execution.shard import Answering
     from selfimprove.judges.journal import Journal
     from selfimprove.store import Run
 
     put, put_paid, fsync, write_state = Journal.put, Journal.put_paid, os.fsync, Run.write_state
+    answer = Answering.put
+
+    def noted_answer(self: Answering, number: int, found: Any) -> None:
+        key = f"{self._shard.id}/{number}"
+        ledger.moment("repeated put" if number in self.known else "put", key)
+        answer(self, number, found)
+        ledger.moment("kept", key)
 
     def noted_put(self: Journal, key: str, value: bytes) -> None:
         ledger.moment("repeated put" if self.get([key]) else "put", key)
@@ -105,6 +113,7 @@ def wrap(ledger: Ledger) -> None:
         ledger.stage = f"iter-{iteration:03d}/{stage}" if stage else "ending"
         write_state(self, state, iteration, stage, error)
 
+    Answering.put = noted_answer  # type: ignore[method-assign]
     Journal.put, Journal.put_paid = noted_put, noted_put_paid  # type: ignore[method-assign]
     os.fsync, Run.write_state = noted_fsync, noted_state  # type: ignore[method-assign, assignment]
 

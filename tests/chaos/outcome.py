@@ -77,16 +77,16 @@ def moments(ledger: Path) -> Counter[tuple[str, str]]:
 
 
 def kept(ledger: Path) -> Counter[tuple[str, str]]:
-    """How often an answer was kept in a journal, by stage and key."""
+    """How often an answer was kept, in a shard or a journal, by stage and key."""
     return Counter((stage, key) for moment, stage, key in read_ledger(ledger) if moment == "kept")
 
 
 def asked(ledger: Path) -> set[tuple[str, str]]:
-    """Stage and key of every answer that came to a journal, kept or killed on the threshold."""
+    """Stage and key of every answer that came to be kept, kept or killed on the threshold."""
     return {(stage, key) for moment, stage, key in read_ledger(ledger) if moment in ("put", "repeated put")}
 
 
 def repeated(ledger: Path) -> int:
-    """Answers that were had again although they were kept: put twice, or put into a journal that held them."""
+    """Answers that were had again although they were kept: put twice, or put where they were known."""
     again = sum(moment == "repeated put" for moment, _, _ in read_ledger(ledger))
     return max(again, sum(times - 1 for times in kept(ledger).values()))

@@ -12,11 +12,13 @@ import pytest
 from selfimprove import data, interrupts
 from selfimprove.chat import Chat
 from selfimprove.engine import process
-from selfimprove.engine.protocol import Options, Request, Sampling
+from selfimprove.engine.protocol import EngineDied, Options, Request, Sampling
 from selfimprove.engine.vllm_engine import VllmEngine
 from selfimprove.errors import UserError
+from selfimprove.execution import ask
+from tests.executing import MODEL, inline
+from tests.executing import work as question
 
-MODEL = data.SHIPPED["demo:model"]
 OPTIONS = Options(
     dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_gib=1, gpu_memory_utilization=0.5, threads=1,
     timeout=300.0,
@@ -56,20 +58,62 @@ class Told:
             self.then()
 
 
+class Noting:
+    """An engine whose caller is told of each row, by its seed, through a Told as well."""
+
+    def __init__(self, inside, told=lambda number, answers: None):
+        self.inside, self.told = inside, told
+
+    def swap(self, model):
+        self.inside.swap(model)
+
+    def generate(self, requests, sampling, finished):
+        def both(number, answers):
+            finished(number, answers)
+            self.told(requests[number].seed, answers)
+
+        return self.inside.generate(requests, sampling, both)
+
+    def prompt_logprobs(self, sequences):
+        self.told(len(sequences), None)
+        return self.inside.prompt_logprobs(sequences)
+
+
+def carried(engine, work, folder, told):
+    """The answers as a stage gets them."""
+    requests, sampling = work
+    return list(ask(inline(Noting(engine, told)), folder, question("complete", sampling), requests))
+
+
 def tokens(answers):
     return [[one.token_ids for one in row] for row in answers]
 
 
-def test_a_killed_host_is_replaced_and_each_row_is_told_once(engine, work, undisturbed):
+def seeds(work):
+    return sorted(request.seed for request in work[0])
+
+
+def test_an_engine_tries_once_and_what_it_told_before_counts(engine, work, undisturbed):
+    told = Told(30, lambda: engine._host.process.kill())
+    with pytest.raises(EngineDied, match=r"the engine failed: the engine process ended with code -9") as raised:
+        engine.generate(*work, told)
+    assert str(engine.log) in raised.value.hint
+    assert 30 <= len(set(told.rows)) == len(told.rows) < len(work[0])
+    rest = [i for i in range(len(work[0])) if i not in told.rows]
+    found = engine.generate([work[0][i] for i in rest], work[1], Told())
+    assert tokens(found) == [tokens(undisturbed)[i] for i in rest]
+
+
+def test_a_killed_host_is_replaced_and_each_row_is_told_once(engine, work, undisturbed, tmp_path):
     starts, told = engine.starts, Told(30, lambda: engine._host.process.kill())
-    found = engine.generate(*work, told)
+    found = carried(engine, work, tmp_path, told)
     assert tokens(found) == tokens(undisturbed)
-    assert sorted(told.rows) == list(range(len(work[0])))
+    assert sorted(told.rows) == seeds(work)
     assert engine.starts == starts + 1
     assert "started again" in engine.log.read_text()
 
 
-def test_a_stopped_host_counts_as_hung_and_is_replaced(engine, work, undisturbed):
+def test_a_stopped_host_counts_as_hung_and_is_replaced(engine, work, undisturbed, tmp_path):
     starts = engine.starts
     process = engine._host.process.pid
 
@@ -78,19 +122,21 @@ def test_a_stopped_host_counts_as_hung_and_is_replaced(engine, work, undisturbed
         os.kill(process, signal.SIGSTOP)
 
     told = Told(30, hang)
-    found = engine.generate(*work, told)
+    found = carried(engine, work, tmp_path, told)
     assert tokens(found) == tokens(undisturbed)
-    assert sorted(told.rows) == list(range(len(work[0])))
+    assert sorted(told.rows) == seeds(work)
     assert engine.starts == starts + 1
     assert "hung" in engine.log.read_text()
     assert not psutil.pid_exists(process)
 
 
-def test_scores_come_from_another_host_where_one_is_gone(engine, work):
+def test_scores_come_from_another_host_where_one_is_gone(engine, work, tmp_path):
     sequences = [request.prompt_token_ids for request in work[0][:10]]
     whole = engine.prompt_logprobs(sequences)
-    engine._host.process.kill()
-    for one, other in zip(engine.prompt_logprobs(sequences), whole, strict=True):
+    told = Told(1, lambda: engine._host.process.kill())
+    found = list(ask(inline(Noting(engine, told)), tmp_path, question("score"), sequences))
+    assert len(told.rows) == 2  # the one that failed and another
+    for one, other in zip(found, whole, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
 
 
@@ -108,26 +154,27 @@ def test_ctrl_c_begins_nothing_new_and_finishes_what_was_begun(engine, work, und
 
 
 def test_a_second_ctrl_c_ends_it_at_once_and_the_engine_is_not_left_in_the_middle(engine, work, undisturbed):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
-        os.kill(engine._host.process.pid, signal.SIGSTOP)  # so that what was begun never ends
-
+    os.kill(engine._host.process.pid, signal.SIGSTOP)  # so that what is begun never ends
+    for delay in (1.0, 2.0):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     with interrupts.Interrupts(lambda: None), pytest.raises(KeyboardInterrupt):
-        engine.generate(*work, Told(5, twice))
-    assert time.monotonic() - began < 10
+        engine.generate(*work, Told())
+    assert 1.9 < time.monotonic() - began < 10
     assert tokens(engine.generate(work[0][:3], work[1], Told())) == tokens(undisturbed[:3])
 
 
-def test_two_deaths_without_a_row_between_them_end_it_with_the_last_words(tmp_path):
+def test_a_death_quotes_the_last_words_of_the_log(tmp_path):
     log = tmp_path / "engine.log"
     log.write_text("selfimprove: engine start\nloading\nout of luck\n")
-    lives = process.Lives(log)
-    lives.lost(process.HostGone("it ended"), advanced=True)
-    lives.lost(process.HostGone("it ended"), advanced=True)
-    with pytest.raises(UserError, match=r"2 times .* it ended; its last words: loading \| out of luck"):
-        lives.lost(process.HostGone("it ended"), advanced=False)
+    error = process.died(log, process.HostGone("it ended"))
+    assert isinstance(error, EngineDied)
+    assert error.message == "the engine failed: it ended; its last words: loading | out of luck"
+
+
+def test_an_engine_that_dies_while_it_starts_is_started_once_more(tmp_path):
+    lives = process.Lives(tmp_path / "engine.log")
+    assert [lives.left(process.HostGone("it ended")) for _ in range(2)] == [True, False]
 
 
 def test_a_host_that_dies_at_every_start_is_given_up(tmp_path, monkeypatch):

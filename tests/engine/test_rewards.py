@@ -15,7 +15,7 @@ from selfimprove.engine import Engines, checkpoints, transformers_scorer
 from selfimprove.engine.protocol import Options
 from selfimprove.engine.transformers_scorer import TransformersScorer
 from selfimprove.errors import UserError
-from selfimprove.judges import local
+from tests.executing import models
 
 MODEL = data.SHIPPED["demo:model"]
 OPTIONS = Options("float32", 256, 64, 1, 0.5, 1)
@@ -187,32 +187,43 @@ def test_a_row_is_the_whole_chat_as_the_models_own_template_renders_it(ending, t
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", f"'{ending}'".replace("\n", "\\n"))
     tokenizer.save_pretrained(tmp_path)
     rows = [("Add 2 and 3.", "5"), ("Who?", "I do not know."), ("", "")]
-    scorer, heard = Recorder(), {}
-    found = local.rewards(scorer, Chat(tmp_path), rows, 256, heard.__setitem__)
+    scorer = Recorder()
+    found = models(scorer, tmp_path / "scratch", paths={"current": tmp_path}).rewards("current", rows)
     for (prompt, answer), ids in zip(rows, scorer.seen, strict=True):
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         assert text.endswith(answer + ending)
         assert ids == tokenizer.encode(text, add_special_tokens=False)
         assert ids.count(tokenizer.bos_token_id) == 1
-    assert found == [heard[i] for i in range(3)] == [len(ids) for ids in scorer.seen]
+    assert found == [len(ids) for ids in scorer.seen]
 
 
-def test_what_does_not_fit_or_cannot_be_read_is_unknown_and_keeps_its_place():
-    chat, scorer, heard = Chat(MODEL), Recorder(), {}
-    rows = [("a", "b"), ("a", "b " * 300), ("a", "\ud800"), ("a", "c")]
-    length = len(chat.prompt_ids("a")) + len(chat.completion_ids("a", "b"))
-    assert local.rewards(scorer, chat, rows, length, heard.__setitem__) == [length, None, None, length]
-    assert heard == {0: length, 3: length}
-    assert local.rewards(scorer, chat, rows, length - 1) == [None] * 4
+def reader(scorer, scratch, limit):
+    """A panel of one reward model whose context holds `limit` tokens."""
+    return models(scorer, scratch, engine_section=recipe.Engine(kind="fake", max_model_len=limit))
 
 
-def test_a_reward_that_is_no_number_is_unknown():
+def test_what_does_not_fit_or_cannot_be_read_is_unknown_and_keeps_its_place(tmp_path):
+    chat, scorer = Chat(MODEL), Recorder()
+    long = "a " * 20  # no context is shorter than 16 tokens
+    rows = [(long, "b"), (long, "b " * 300), (long, "\ud800"), (long, "c")]
+    length = len(chat.prompt_ids(long)) + len(chat.completion_ids(long, "b"))
+    assert reader(scorer, tmp_path, length).rewards("current", rows) == [length, None, None, length]
+    assert [len(ids) for ids in scorer.seen] == [length, length]
+    scorer.seen = []
+    assert reader(scorer, tmp_path, length - 1).rewards("current", rows) == [None] * 4
+    assert scorer.seen == []
+
+
+def test_a_reward_that_is_no_number_is_unknown(tmp_path):
     class Broken:
         def rewards(self, sequences, finished):
-            return [float("nan"), float("inf"), 1.0]
+            found = [float("nan"), float("inf"), 1.0]
+            for number, reward in enumerate(found):
+                finished(number, reward)
+            return found
 
-    assert local.rewards(Broken(), Chat(MODEL), [("a", "b")] * 3, 100) == [None, None, 1.0]
+    assert reader(Broken(), tmp_path, 100).rewards("current", [("a", "b")] * 3) == [None, None, 1.0]
 
 
 # what is refused

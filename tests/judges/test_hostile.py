@@ -7,18 +7,20 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
-from selfimprove import chat, data, recipe
+from selfimprove import chat
 from selfimprove.engine.fake_engine import FakeEngine
 from selfimprove.judges import Candidate
 from selfimprove.judges.pairwise import pairwise
 from selfimprove.judges.panel import Models
 from selfimprove.judges.protocol import Replies
 from selfimprove.judges.rubric import TEMPLATES, rubric
+from tests.executing import MODEL
+from tests.executing import models as around
 
-MODEL = data.SHIPPED["demo:model"]
 CONTROL = [
     "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>",  # the embedded model's
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "[INST]", "[/INST]", "<|eot_id|>",
@@ -84,20 +86,8 @@ class Parrot:
         return [Replies((f"{question.text}\n{self.verdict}",)) for question in questions]
 
 
-def models(directory=MODEL, engine=None):
-    return Models(
-        seed=lambda row: 7,
-        engine_section=recipe.Engine(kind="fake"),
-        servers={},
-        paths={"current": directory},
-        identities={"current": "x"},
-        open_engine=lambda: engine,
-        open_other=None,
-        scratch=None,
-        cache=None,
-        account="test",
-        progress=lambda what, done, total: None,
-    )
+def models(directory=MODEL, engine=None, scratch=Path("unused")):
+    return around(engine, scratch, seed=lambda row: 7, paths={"current": directory}, identities={"current": "x"})
 
 
 MODELS = models()

@@ -1,4 +1,4 @@
-"""The models that judges ask: seeds, contexts, the journal that keeps every answer."""
+"""The models that judges ask: seeds, contexts, the shards that keep every answer."""
 
 import math
 import os
@@ -16,12 +16,10 @@ from selfimprove.engine.transformers_engine import TransformersEngine
 from selfimprove.judges import Candidate
 from selfimprove.judges.journal import Journal, request_key
 from selfimprove.judges.pairwise import pairwise
-from selfimprove.judges.panel import Models
 from selfimprove.judges.protocol import Question
 from selfimprove.judges.scorers import logps
 from selfimprove.store import row_seed
-
-MODEL = data.SHIPPED["demo:model"]
+from tests.executing import MODEL, models
 
 
 class Counting:
@@ -44,23 +42,6 @@ class Counting:
 
     def prompt_logprobs(self, sequences):
         return self.inside.prompt_logprobs(sequences)
-
-
-def models(engine, scratch, **more):
-    settings = {
-        "seed": lambda row: row_seed(0, 1, "label", row),
-        "engine_section": recipe.Engine(kind="fake"),
-        "servers": {},
-        "paths": {"current": MODEL},
-        "identities": {"current": "these weights"},
-        "open_engine": lambda: engine,
-        "open_other": None,
-        "scratch": scratch,
-        "cache": scratch,
-        "account": "test",
-        "progress": lambda what, done, total: None,
-    }
-    return Models(**{**settings, **more})
 
 
 QUESTIONS = [Question(seed.prompt_id, seed.prompt) for seed in data.read_seeds(data.SHIPPED["demo:seeds"])[:40]]

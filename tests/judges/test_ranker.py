@@ -14,8 +14,9 @@ from selfimprove import recipe
 from selfimprove.engine import Engines, checkpoints, ranker
 from selfimprove.engine.ranker import PairRanker
 from selfimprove.errors import UserError
-from selfimprove.judges import Candidate, local
+from selfimprove.judges import Candidate
 from selfimprove.judges.pairwise import pairwise_ranker
+from tests.executing import MODEL, models
 
 CONTROLS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
 PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>"]
@@ -143,7 +144,7 @@ def test_logits_are_those_of_the_published_steps_in_any_batch(directory, pairrm,
     assert pairrm.compare([], silent) == []
 
 
-def test_what_is_too_long_is_cut_as_published_and_counted(directory, pairrm):
+def test_what_is_too_long_is_cut_as_published_and_counted(directory, pairrm, tmp_path):
     rows = [("Q", "no " * 1200, "b"), ("the " * 1300, "x " * 300, "y"), ROWS[0]]
     found = pairrm.compare(rows, silent)
     for row, one in zip(rows, found, strict=True):
@@ -153,9 +154,9 @@ def test_what_is_too_long_is_cut_as_published_and_counted(directory, pairrm):
         assert one.cut == whole - len(ids)
         assert len(ids) <= 2048
     assert [one.cut > 0 for one in found] == [True, True, False]
-    logits, truncated = local.compare(pairrm, rows)
-    assert logits == [one.logit for one in found]
-    assert truncated == 2
+    panel = models(pairrm, tmp_path)
+    assert panel.compare("current", rows) == [one.logit for one in found]
+    assert panel.cut == 2
 
 
 def test_the_logit_turns_its_sign_with_the_places_that_it_is_read_at(pairrm):
@@ -183,17 +184,15 @@ def test_where_no_order_is_seen_exchanged_prefixes_turn_the_sign(tmp_path):
     assert torch.tensor(forward).abs().max() > 0.1
 
 
-def test_a_judge_in_both_orders_is_symmetric_whatever_the_ranker_is(pairrm):
-    class Panel:
-        def compare(self, model, rows):
-            return local.compare(pairrm, rows).logits
+def test_a_judge_in_both_orders_is_symmetric_whatever_the_ranker_is(pairrm, tmp_path):
+    panel = models(pairrm, tmp_path, paths={"ranker": MODEL}, identities={"ranker": "it"})
 
     def candidates(texts):
         return tuple(Candidate("p", texts[0], "current", k, text, [], "stop") for k, text in enumerate(texts[1:]))
 
     pairs = [candidates(row) for row in ROWS]
-    ahead = pairwise_ranker(pairs, Panel(), model="ranker")
-    behind = pairwise_ranker([(b, a) for a, b in pairs], Panel(), model="ranker")
+    ahead = pairwise_ranker(pairs, panel, model="ranker")
+    behind = pairwise_ranker([(b, a) for a, b in pairs], panel, model="ranker")
     for one, other in zip(ahead, behind, strict=True):
         assert one.mean == pytest.approx(1 - other.mean, abs=1e-5)
     assert any(one.forward != pytest.approx(one.swapped, abs=1e-3) for one in ahead)  # it does have a favourite place
@@ -225,12 +224,10 @@ def test_control_tokens_in_a_text_are_spelled_out(text, pairrm):
     assert len(parts[1]) > len(pairrm._encode("q", "", "b")[0][1])  # spelled out, not dropped
 
 
-def test_an_answer_that_cannot_be_read_is_unknown_and_the_rest_keeps_its_place(pairrm):
-    heard = {}
-    found = local.compare(pairrm, [ROWS[0], ("q", "\ud800", "b"), ROWS[2]], heard.__setitem__)
-    assert found.logits[1] is None
-    assert [found.logits[0], found.logits[2]] == [one.logit for one in pairrm.compare([ROWS[0], ROWS[2]], silent)]
-    assert sorted(heard) == [0, 2]
+def test_an_answer_that_cannot_be_read_is_unknown_and_the_rest_keeps_its_place(pairrm, tmp_path):
+    found = models(pairrm, tmp_path).compare("current", [ROWS[0], ("q", "\ud800", "b"), ROWS[2]])
+    assert found[1] is None
+    assert [found[0], found[2]] == [one.logit for one in pairrm.compare([ROWS[0], ROWS[2]], silent)]
 
 
 def test_weights_in_several_files_are_read_whole(directory, tmp_path, pairrm):
