@@ -80,7 +80,7 @@ def devices(machine: Machine) -> None:
     """
     if machine.nodes > 1 and machine.executor != "static":
         raise UserError(
-            f"machine.nodes = {machine.nodes}, and executor '{machine.executor}' has no ranks that could join a training",
+            f"machine.nodes = {machine.nodes}, and executor '{machine.executor}' has no ranks that join a training",
             'machine.executor = "static", each rank started by the scheduler (docs/cluster.md)',
         )
     engines = machine.workers * machine.tensor_parallel if machine.executor == "local" else machine.tensor_parallel
