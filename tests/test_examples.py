@@ -71,7 +71,8 @@ class Call:
     @property
     def rank(self) -> tuple[int, int]:
         """As the executor `static` reads it: RANK and WORLD_SIZE before SLURM_PROCID and SLURM_NTASKS."""
-        return rank_and_world(self.environment)
+        of = self.environment
+        return rank_and_world(of) if {"RANK", "SLURM_PROCID"} & of.keys() else (-1, -1)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 run=${RUN:-$(basename "$RECIPE" .toml)}
 WORLD_SIZE=$((SKYPILOT_NUM_NODES * SKYPILOT_NUM_GPUS_PER_NODE))
-MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) # where training meets
+MASTER_ADDR=${SKYPILOT_NODE_IPS%%$'\n'*} # the first: where training meets
 export WORLD_SIZE MASTER_ADDR MASTER_PORT=29500
 
 cd "${WORK:-.}"

@@ -35,13 +35,14 @@ if os.environ.get("WORKER_NOTES"):
             finished(number, completions)
             with open(os.environ["WORKER_NOTES"], "ab", buffering=0) as notes:
                 notes.write(b"%d\\n" % requests[number].seed)
-        def slowly():
-            for request in requests:
-                if str(request.seed) in os.environ.get("WORKER_POISON", "").split():
-                    os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(float(os.environ.get("WORKER_PAUSE", "0")))
-                yield request
-        return real(self, slowly(), sampling, kept)
+        found = []
+        for number, request in enumerate(requests):
+            fake_engine.interrupts.check()
+            if str(request.seed) in os.environ.get("WORKER_POISON", "").split():
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(float(os.environ.get("WORKER_PAUSE", "0")))
+            found += real(self, [request], sampling, lambda _, completions: kept(number, completions))
+        return found
     fake_engine.FakeEngine.generate = generate
 """
 
