@@ -21,7 +21,7 @@ from selfimprove.records import Message
 TEMPLATES = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
 
 
-SECONDS = 10.0  # that a chat template may take for one prompt
+SECONDS = 10.0  # that a chat template may take for prompts that are rendered together
 
 
 class Codec:
@@ -91,8 +91,8 @@ class Chat:
 
     def prompt_ids_of(self, prompts: Iterable[tuple[str, Sequence[Message]]]) -> list[list[int]]:
         """The same of many, tokenized together: (user turn, the turns before it)."""
-        dialogues = ([*earlier, Message(role="user", content=text)] for text, earlier in prompts)
-        return self._encoded([self._rendered(turns, add_generation_prompt=True) for turns in dialogues])
+        dialogues = [[*earlier, Message(role="user", content=text)] for text, earlier in prompts]
+        return self._encoded(self._rendered(dialogues, add_generation_prompt=True))
 
     def completion_ids(self, prompt: str, completion: str) -> list[int]:
         """Token ids of the assistant's turn, end token included, as they continue `prompt_ids(prompt)`.
@@ -102,7 +102,7 @@ class Chat:
         """
         before = self.prompt_ids(prompt)
         turns = [Message(role="user", content=prompt), Message(role="assistant", content=completion)]
-        [whole] = self._encoded([self._rendered(turns, add_generation_prompt=False)])
+        [whole] = self._encoded(self._rendered([turns], add_generation_prompt=False))
         if whole[: len(before)] != before:
             raise UserError(
                 f"the chat template does not render a prompt as a prefix of prompt and answer: {prompt!r}",
@@ -116,13 +116,15 @@ class Chat:
         """The text of a completion, without special tokens and surrounding white space."""
         return self._codec.decode(token_ids).strip()
 
-    def _rendered(self, turns: list[Message], *, add_generation_prompt: bool) -> list[str]:
-        """What the template makes of a dialogue, in the pieces that are to be encoded."""
-        mark, masked = self._masked(turns)
+    def _rendered(self, dialogues: Sequence[list[Message]], *, add_generation_prompt: bool) -> list[list[str]]:
+        """What the template makes of dialogues, each in the pieces that are to be encoded."""
+        if not dialogues:
+            return []
+        marked = [self._masked(turns) for turns in dialogues]
         try:
             with _at_most(SECONDS):
-                text: str = self.tokenizer.apply_chat_template(
-                    masked, add_generation_prompt=add_generation_prompt, tokenize=False
+                texts: list[str] = self.tokenizer.apply_chat_template(
+                    [masked for _, masked in marked], add_generation_prompt=add_generation_prompt, tokenize=False
                 )
         except _TooLong:
             raise UserError(
@@ -130,6 +132,10 @@ class Chat:
             ) from None
         except (jinja2.TemplateError, MemoryError, RecursionError) as error:
             raise UserError(f"the model's chat template fails: {error}", "mend chat_template of the model") from None
+        return [self._pieces(text, mark) for text, (mark, _) in zip(texts, marked, strict=True)]
+
+    def _pieces(self, text: str, mark: str) -> list[str]:
+        """A rendered text, the control strings that somebody wrote in it taken apart."""
         return [
             part
             for k, piece in enumerate(text.split(mark) if mark else [text])
