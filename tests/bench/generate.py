@@ -3,7 +3,8 @@
     python -m tests.bench.generate [--model DIR] [--prompts 512] [--n 4] [--repeats 5] [--out FILE.json]
 
 Each side has an engine of its own for the whole time. Ours: StageIO.complete, with all that is kept for a kill on the
-disk. Theirs: `LLM.generate` with the same SamplingParams.
+disk. Theirs: `LLM.generate` with the same token ids and SamplingParams; both sides end with ids, log-probs and
+texts, ours with rows of them. Tokenizing the prompts counts on our side.
 """
 
 import argparse
@@ -52,8 +53,7 @@ def theirs(model: str, section: recipe.Engine, machine: recipe.Machine, pipe: An
         requests, n, temperature, max_tokens, stop = asked
         parameters = [
             vllm.SamplingParams(
-                n=n, seed=seed, temperature=temperature, max_tokens=max_tokens, stop_token_ids=stop, logprobs=0,
-                detokenize=False,
+                n=n, seed=seed, temperature=temperature, max_tokens=max_tokens, stop_token_ids=stop, logprobs=0
             )
             for _, seed in requests
         ]  # fmt: skip
