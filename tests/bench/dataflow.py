@@ -123,17 +123,30 @@ def stand_in(words: Sequence[str]) -> Any:
     return reply
 
 
-def measure(prompts: int, folder: Path) -> list[Stage]:
+HOOK = """
+import os
+if os.environ.get("DATAFLOW_WORDS"):  # in a worker: its fake engine writes what the stand-in does
+    from selfimprove.engine import fake_engine
+    from tests.bench.dataflow import stand_in
+    fake_engine._reply = stand_in(os.environ["DATAFLOW_WORDS"].split())
+"""
+
+
+def measure(prompts: int, folder: Path, workers: int = 1) -> list[Stage]:
     """One run of so many prompts in a fresh folder, which is the working directory meanwhile."""
     with _inside(folder):
         for name in ("seeds", "heldout"):
             lines = SHIPPED[f"demo:{name}"].read_text(encoding="utf-8").splitlines(keepends=True)
             Path(f"{name}.jsonl").write_text("".join(lines[:40]), encoding="utf-8")
-        chosen = recipe_file.load(recipe_file.find("default"), [*SETTINGS, f"synthesize.prompts={prompts}"])
+        settings = [*SETTINGS, f"synthesize.prompts={prompts}", f"machine.workers={workers}"]
+        chosen = recipe_file.load(recipe_file.find("default"), settings)
         tokenizer = json.loads((SHIPPED["demo:model"] / "tokenizer.json").read_text(encoding="utf-8"))
         words = sorted(token[1:] for token in tokenizer["model"]["vocab"] if token[1:].isalpha() and token[0] == "Ġ")
         at, watch = Run(folder / "run"), Watch(folder / "run", prompts)
-        with mock.patch.object(fake_engine, "_reply", stand_in(words)), Executors() as executors:
+        (folder / "sitecustomize.py").write_text(HOOK, encoding="utf-8")
+        paths = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
+        reaches_workers = mock.patch.dict(os.environ, {"PYTHONPATH": paths, "DATAFLOW_WORDS": " ".join(words)})
+        with reaches_workers, mock.patch.object(fake_engine, "_reply", stand_in(words)), Executors() as executors:
             run.iterate(at, chosen, watch, [], executors, selection=run.select(chosen, None, "1/label", None))
         return watch.stages
 
@@ -189,6 +202,7 @@ def main() -> None:
     """Measure each number of prompts, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--workers", type=int, default=1, help="processes of the fake engine; 1 = this process")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="for the runs; each is removed when it is measured")
     given = parser.parse_args()
@@ -197,7 +211,7 @@ def main() -> None:
     for prompts in given.rows:
         folder = Path(tempfile.mkdtemp(dir=given.folder))
         try:
-            found.append(measure(prompts, folder))
+            found.append(measure(prompts, folder, given.workers))
         finally:
             shutil.rmtree(folder)
         told = total(found[-1])
