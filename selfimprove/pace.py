@@ -12,7 +12,7 @@ from selfimprove import receipts
 from selfimprove.bounds import Rules
 from selfimprove.errors import UserError
 from selfimprove.estimates import Estimate
-from selfimprove.execution.shard import LARGEST, PARTS, SMALLEST, WINDOW
+from selfimprove.execution.shard import WINDOW, size_for
 from selfimprove.machine_file import Hardware
 from selfimprove.plan import Examined, Step
 from selfimprove.recipe import Machine
@@ -40,9 +40,7 @@ class Time(NamedTuple):
 def shards(requests: int) -> int:
     """The shards that the requests of one call are cut into, whatever the number of workers."""
     windows, rest = divmod(requests, WINDOW)
-    return sum(
-        math.ceil(rows / min(LARGEST, max(SMALLEST, math.ceil(rows / PARTS)))) for rows in [WINDOW] * windows + [rest]
-    )
+    return sum(math.ceil(rows / size_for(rows)) for rows in [WINDOW] * windows + [rest])
 
 
 def processes(machine: Machine | Mapping[str, Any]) -> int:
@@ -112,10 +110,12 @@ def _share(work: Work, before: Mapping[str, Any], machine: Machine, *, on_cpu: b
     """What the time of a kind of work is multiplied with on another machine, or why that is not known."""
     if on_cpu and {"local"} != {before["executor"], machine.executor}:
         return "workers of one node share its processor, and on how many nodes they are is not known"
+    if on_cpu:
+        return 1.0  # the same processor
     if work.kind == "train":
-        return float(before["nodes"] / machine.nodes) if on_cpu else processes(before) / processes(machine)
-    if on_cpu or before["executor"] == "static" == machine.executor:
-        return 1.0  # the same processor; or by as many ranks
+        return processes(before) / processes(machine)
+    if before["executor"] == "static" == machine.executor:
+        return 1.0  # by as many ranks
     if before["executor"] == "static" or work.workers is None:
         return "the number of static ranks is not known"
     then, now = busy(int(before["workers"]), work.shards), busy(work.workers, work.shards)

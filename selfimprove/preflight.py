@@ -73,16 +73,11 @@ def check(chosen: Recipe) -> None:
 
 
 def devices(machine: Machine) -> None:
-    """Whether the settings of a machine go together, and its GPUs, if it has any, are as many as are shared out.
+    """Whether the GPUs of this machine, if it has any, are as many as the recipe shares out.
 
     Raises:
-        UserError: they do not, or there are too few.
+        UserError: there are too few.
     """
-    if machine.nodes > 1 and machine.executor != "static":
-        raise UserError(
-            f"machine.nodes = {machine.nodes}, and executor '{machine.executor}' has no ranks that join a training",
-            'machine.executor = "static", each rank started by the scheduler (docs/cluster.md)',
-        )
     engines = machine.workers * machine.tensor_parallel if machine.executor == "local" else machine.tensor_parallel
     wanted = {"machine.workers x machine.tensor_parallel": engines, "machine.num_processes": machine.num_processes}
     if max(wanted.values()) == 1:

@@ -476,6 +476,8 @@ class Machine(Section):
             raise ValueError("workers are of local and ray: the scheduler starts the ranks of static")
         if self.ray_address and self.executor != "ray":
             raise ValueError('ray_address goes with executor = "ray"')
+        if self.nodes > 1 and self.executor != "static":
+            raise ValueError('nodes go with executor = "static", whose ranks join a training')
         return self
 
 

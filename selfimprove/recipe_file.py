@@ -34,6 +34,9 @@ def load(
     table = read_toml(path, "recipe", "selfimprove recipes", "compare with pipelines/default.toml")
     for edit in edits:
         edit.apply(table)
+    if machine and "executor" in machine:  # what another machine's executor was told is nothing to this one
+        for name in ("workers", "ray_address", "nodes", "rendezvous"):
+            table.get("machine", {}).pop(name, None)
     for name, value in (machine or {}).items():
         put(table, f"machine.{name}", value)
     for setting in settings or []:

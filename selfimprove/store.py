@@ -22,7 +22,6 @@ import psutil
 import pydantic
 
 from selfimprove import collected, columns, locks, textfile
-from selfimprove.columns import arrow_schema as arrow_schema
 from selfimprove.errors import UserError
 from selfimprove.records import Quarantined
 
@@ -86,7 +85,7 @@ def iter_rows(directory: Path, name: str, record: type[Row], start: int = 0, sto
     """
     import itertools
 
-    schema, before = arrow_schema(record), 0
+    schema, before = columns.arrow_schema(record), 0
     for shard in shards(directory, name):
         first, before = before, before + (columns.row_number(shard) if start or stop is not None else 0)
         if start and before <= start:

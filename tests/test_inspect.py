@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from selfimprove import plan, recipe_file
+from selfimprove.columns import arrow_schema
 from selfimprove.records import Comparison, Flip, Generation, Pair, PairLoss, Prompt, Verdict
 from selfimprove.report import paging
 from selfimprove.rows import kinds
 from selfimprove.stages import generate, label, synthesize, train
-from selfimprove.store import Artifact, Run, arrow_schema, read_manifest, read_rows
+from selfimprove.store import Artifact, Run, read_manifest, read_rows
 from tests.conftest import QUICK, cut, selfimprove
 from tests.synthetic_run import recipe
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from selfimprove import masking, receipts, recipe, store
+from selfimprove import columns, masking, receipts, recipe, store
 from selfimprove.data import SHIPPED
 from selfimprove.stages import evaluate
 from tests.conftest import QUICK, cut, selfimprove
@@ -71,7 +71,7 @@ def leaks(of: dict[str, bytes]) -> list[tuple[str, str]]:
 
 
 def test_the_search_finds_what_is_there(tmp_path):
-    record = store.arrow_schema(store.Quarantined)
+    record = columns.arrow_schema(store.Quarantined)
     secret = PLANTED["SOME_RANDOM_NAME"]
     pq.write_table(
         record.empty_table().from_pylist([{"row_id": secret * 3, "reason": "", "detail": ""}], schema=record),

@@ -49,7 +49,7 @@ def test_rows_come_back_as_they_went_in_with_unknown_still_unknown(tmp_path):
 def test_every_record_has_a_schema():
     for name in ("Prompt", "Generation", "Verdict", "Pair", "Sample", "Quarantined"):
         record = getattr(records, name)
-        assert store.arrow_schema(record).names == [field.name for field in dataclasses.fields(record)]
+        assert columns.arrow_schema(record).names == [field.name for field in dataclasses.fields(record)]
 
 
 def test_shards_split_and_join(tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_columns_are_what_pyarrow_makes_of_them(tmp_path):
         column.to_pylist() for column in pq.read_table(path).slice(1, 3).columns
     ]
     pq.write_table(pq.read_table(path).drop_columns(["source"]), tmp_path / "old.parquet")
-    [first, *_] = columns.read(tmp_path / "old.parquet", records.Pair, store.arrow_schema(records.Pair))
+    [first, *_] = columns.read(tmp_path / "old.parquet", records.Pair, columns.arrow_schema(records.Pair))
     assert first == dataclasses.replace(PAIR, source=None)
 
 

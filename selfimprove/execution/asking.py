@@ -9,7 +9,7 @@ from typing import Any
 from selfimprove import interrupts
 from selfimprove.errors import UserError
 from selfimprove.execution.protocol import Executor
-from selfimprove.execution.shard import WINDOW, Shard, Work, answers, cut
+from selfimprove.execution.shard import WINDOW, Shard, Work, answers, cut, is_done
 
 TRIES = 3  # of a shard whose file is damaged as soon as it is written
 
@@ -45,8 +45,10 @@ def ask(
     passed = 0
 
     def heard(name: str, count: int) -> None:
+        known = answered.get(name)
         answered[name] = count
-        progress(passed + sum(answered.values()))
+        if known is not None:  # before a row of it ends, an engine may still be starting, which would spoil the rate
+            progress(passed + sum(answered.values()))
 
     def window() -> list[Shard] | None:
         """What of the next rows is to be carried out, the longest first, since it may not come last; None = no rows."""
@@ -59,11 +61,11 @@ def ask(
             if shard.id in begun:  # the same rows once more
                 continue
             begun.add(shard.id)
-            if answers(folder, work, shard) is None:
-                undone.append(shard)
-            else:
+            if is_done(folder, shard.id):
                 done.add(shard.id)
                 heard(shard.id, len(shard.rows))
+            else:
+                undone.append(shard)
         return undone
 
     def further(first: list[Shard]) -> Iterator[Shard]:
@@ -83,6 +85,7 @@ def ask(
             waiting.popleft()
             answered.pop(shard.id, None)
             passed += len(shard.rows)
+            progress(passed + sum(answered.values()))
             yield from found
 
     while (first := window()) == []:  # what a resumed stage has long had

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -16,21 +15,12 @@ import msgspec
 from selfimprove import children, interrupts, recipe
 from selfimprove.errors import UserError
 from selfimprove.execution import messages
-from selfimprove.execution.hunt import Hunt
-from selfimprove.execution.shard import POISONED, Answering, Lost, Shard, Work, ask
+from selfimprove.execution.job import Job
+from selfimprove.execution.shard import Shard, Work, ask
 
 TICK = 0.2  # seconds between looks at what else there is to do
 STARTS = 3  # of a worker that answers nothing
 GRACE = 60.0  # seconds that a worker may be silent beyond an engine's own patience
-
-
-@dataclass
-class _Job:
-    """A shard on a worker."""
-
-    shard: Shard
-    hunt: Hunt
-    rows: list[int]  # that the worker was given
 
 
 class _Worker:
@@ -46,7 +36,7 @@ class _Worker:
     def __init__(self, number: int, machine: recipe.Machine, log: Path, devices: str | None) -> None:
         self.number, self.log = number, log
         self._machine, self._devices = machine, devices
-        self.job: _Job | None = None
+        self.job: Job | None = None
         self.silent_starts = 0  # one after the other, of processes that ended before they said a word
         self._start()
 
@@ -130,7 +120,7 @@ class Local:
     ) -> Iterator[str]:
         """See protocol.Executor."""
         iterator = iter(shards)
-        again: list[_Job] = []  # portions of shards on which a worker died
+        again: list[Job] = []  # to be given out; those on which a worker died
         stop = interrupts.Stop("the workers finish the answers that they have begun")
         stopped = False
         try:
@@ -164,14 +154,15 @@ class Local:
                             )
                         case messages.Done():
                             worker.job = None
-                            if job.hunt.more:
+                            if job.more:
                                 again.append(job)
                             else:
                                 heard(job.shard.id, len(job.shard.rows))
                                 yield job.shard.id
                         case None:
                             worker.job = None
-                            self._died(worker, job, folder)
+                            ended = f"a worker ended with code {worker.restart()}"
+                            job.died(UserError(ended, f"its output is {worker.log}"))
                             again.append(job)
         except BaseException:
             self._abandon()
@@ -210,24 +201,18 @@ class Local:
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.job]
 
-    def _give(self, iterator: Iterator[Shard], again: list[_Job], folder: Path, work: Work) -> None:
+    def _give(self, iterator: Iterator[Shard], again: list[Job], folder: Path, work: Work) -> None:
         """Something to do for each free worker."""
         while len(busy := self._busy()) < self._machine.workers:
-            if again:
-                job = again.pop()
-                only = job.hunt.next() or []
-            else:
-                shard = next(iterator, None)
-                if shard is None:
+            if not again:
+                if (shard := next(iterator, None)) is None:
                     return
-                job, only = _Job(shard, Hunt(range(len(shard.rows)), len(shard.rows)), []), None
-                job.hunt.next()
+                again.append(Job(folder, shard))
             self._start()
             worker = next(worker for worker in self._workers if worker not in busy)
+            worker.job = job = again.pop()
             ask(folder, work, job.shard)
-            job.rows = list(range(len(job.shard.rows))) if only is None else only
-            worker.job = job
-            worker.send(messages.Carry(str(folder), job.shard.id, only))
+            worker.send(messages.Carry(str(folder), job.shard.id, job.give()))
 
     def _start(self) -> None:
         if not self._workers:
@@ -235,17 +220,6 @@ class Local:
             self._workers = [
                 _Worker(k, self._machine, self._logs / f"worker-{k}.log", group) for k, group in enumerate(groups)
             ]
-
-    def _died(self, worker: _Worker, job: _Job, folder: Path) -> None:
-        """Start another worker, and find out which rows are left; the one that kills workers is left out."""
-        code = worker.restart()
-        answering = Answering(folder, job.shard)
-        before = len(job.hunt.lost)
-        error = UserError(f"a worker ended with code {code}", f"its output is {worker.log}")
-        job.hunt.died(job.rows, [i for i in job.rows if i not in answering.known], error)
-        for number in job.hunt.lost[before:]:
-            answering.put(number, Lost(POISONED))
-        answering.close()
 
     def _abandon(self) -> None:
         """Leave no worker in the middle: what it says would be taken for the answer to the next call."""

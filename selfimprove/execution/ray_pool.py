@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from selfimprove import interrupts, recipe
 from selfimprove.engine import Engines
 from selfimprove.errors import UserError
 from selfimprove.execution.carry import carry_out
-from selfimprove.execution.hunt import Hunt
 from selfimprove.execution.inline import rest
-from selfimprove.execution.shard import POISONED, Answering, Lost, Shard, Work, ask, asked, located
+from selfimprove.execution.job import Job
+from selfimprove.execution.shard import Shard, Work, ask, asked, is_done, located
 
 TICK = 0.2  # seconds between two looks at what else there is to do
 BEAT = 1.0  # seconds between two questions how far an actor is
@@ -56,7 +56,7 @@ class Carrier:
         """Carry out a shard; how that ended: "done", "stopped", or "failed" and why."""
         try:
             with self._one:
-                if (Path(folder) / f"{name}.done").exists():
+                if is_done(Path(folder), name):
                     return "done", "", None
                 self._answered = 0
                 work, shard = asked(Path(folder), name)
@@ -85,19 +85,12 @@ class Carrier:
 
 
 @dataclass
-class _Job:
-    shard: Shard
-    hunt: Hunt
-    rows: list[int] = field(default_factory=list)
-
-
-@dataclass
 class _Worker:
     """An actor, and what is awaited of it."""
 
     actor: Any
     ready: Any  # until it runs
-    job: _Job | None = None
+    job: Job | None = None
     result: Any = None
     count: Any = None
 
@@ -133,7 +126,7 @@ class RayPool:
     def _map(
         self, folder: Path, work: Work, shards: Iterator[Shard], heard: Callable[[str, int], None]
     ) -> Iterator[str]:
-        again: list[_Job] = []  # not given out yet, or portions of shards on which an actor died
+        again: list[Job] = []  # not given out yet, or portions of shards on which an actor died
         stop, stopped, left, beat = interrupts.Stop("the actors finish the answers they have begun"), False, True, 0.0
         self._alone = time.monotonic()
         while True:
@@ -152,14 +145,15 @@ class RayPool:
                 try:
                     ended, message, hint = self._ray.get(worker.result)
                 except self._ray.exceptions.RayActorError as error:
-                    self._died(worker, job, folder, error)
+                    worker.ready, worker.count = worker.actor.ready.remote(), None  # once it has come again
+                    job.died(UserError(f"an actor died: {error}", f"the engines' logs are in {self._logs}"))
                     again.append(job)
                     continue
                 if ended == "failed":
                     raise UserError(message, hint or f"its output is in {self._logs}")
                 if ended == "stopped":
                     stopped = True
-                elif job.hunt.more:
+                elif job.more:
                     again.append(job)
                 else:
                     heard(job.shard.id, len(job.shard.rows))
@@ -234,22 +228,20 @@ class RayPool:
                 ) from None
             worker.ready = worker.actor.ready.remote()
 
-    def _give(self, iterator: Iterator[Shard], again: list[_Job], folder: Path, work: Work) -> bool:
+    def _give(self, iterator: Iterator[Shard], again: list[Job], folder: Path, work: Work) -> bool:
         """Something to do for each free actor; whether there is more to do."""
         while True:
             if not again:
                 if (shard := next(iterator, None)) is None:
                     return False
-                again.append(_Job(shard, Hunt(range(len(shard.rows)), len(shard.rows))))
+                again.append(Job(folder, shard))
             self._start()
             free = next((worker for worker in self._workers if worker.job is None and worker.ready is None), None)
             if free is None:
                 return True
-            job = again.pop()
-            job.rows = job.hunt.next() or []
-            only = None if len(job.rows) == len(job.shard.rows) else job.rows
+            free.job = job = again.pop()
             ask(folder, work, job.shard)
-            free.job, free.result = job, free.actor.carry.remote(str(folder), job.shard.id, only)
+            free.result = free.actor.carry.remote(str(folder), job.shard.id, job.give())
 
     def _ask_how_far(self, heard: Callable[[str, int], None]) -> None:
         for worker in self._busy():
@@ -261,17 +253,6 @@ class RayPool:
                 with contextlib.suppress(self._ray.exceptions.RayActorError):
                     heard(worker.job.shard.id, self._ray.get(worker.count))
             worker.count = worker.actor.answered.remote()
-
-    def _died(self, worker: _Worker, job: _Job, folder: Path, error: Exception) -> None:
-        """Wait for it to come again, and find out which rows are left; the one that ends actors is left out."""
-        worker.ready, worker.count = worker.actor.ready.remote(), None
-        answering = Answering(folder, job.shard)
-        before = len(job.hunt.lost)
-        left = [i for i in job.rows if i not in answering.known]
-        job.hunt.died(job.rows, left, UserError(f"an actor died: {error}", f"the engines' logs are in {self._logs}"))
-        for number in job.hunt.lost[before:]:
-            answering.put(number, Lost(POISONED))
-        answering.close()
 
     def _abandon(self) -> None:
         """Leave no actor in the middle of what nobody waits for."""

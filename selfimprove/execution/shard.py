@@ -84,9 +84,14 @@ def located(work: Work) -> Work:
     return msgspec.structs.replace(work, model=model, policy=policy, logs=logs)
 
 
+def size_for(rows: int) -> int:
+    """Rows of each shard but the last, of a window of so many."""
+    return min(LARGEST, max(SMALLEST, -(-rows // PARTS)))
+
+
 def cut(work: Work, rows: Sequence[Any]) -> Iterator[Shard]:
     """A window's rows as shards, in their order."""
-    size = min(LARGEST, max(SMALLEST, -(-len(rows) // PARTS)))
+    size = size_for(len(rows))
     asked = msgspec.msgpack.encode([work.task, work.identity, work.engine, work.sampling])
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
@@ -113,6 +118,11 @@ def asked(folder: Path, name: str) -> tuple[Work, Shard]:
     said, rows = msgspec.msgpack.decode(found, type=tuple[bytes, bytes])
     work = msgspec.msgpack.decode(said, type=Work)
     return work, Shard(name, msgspec.msgpack.decode(rows, type=ROWS[work.task]))
+
+
+def is_done(folder: Path, name: str) -> bool:
+    """Whether a shard is published; what its file holds is looked at by whoever reads it."""
+    return (folder / f"{name}.done").exists()
 
 
 def answers(folder: Path, work: Work, shard: Shard) -> list[Any] | None:

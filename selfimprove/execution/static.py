@@ -20,7 +20,7 @@ from selfimprove.execution import board
 from selfimprove.execution.carry import carry_out
 from selfimprove.execution.inline import rest
 from selfimprove.execution.ranks import driver
-from selfimprove.execution.shard import Shard, Work, ask, located
+from selfimprove.execution.shard import Shard, Work, ask, is_done, located
 
 FASTEST, SLOWEST = 0.02, 0.5  # seconds between two looks at the board, the longer the less there is to see
 AHEAD = 2  # shards posted for each rank, so that none waits for the driver
@@ -97,7 +97,7 @@ class Static:
                 for number in open_shards.keys() - there.keys():
                     shard, moved = open_shards.pop(number), True
                     counts.pop(shard.id, None)
-                    if (folder / f"{shard.id}.done").exists():
+                    if is_done(folder, shard.id):
                         heard(shard.id, len(shard.rows))
                         yield shard.id
                     elif not stopped:  # removed with the disk's help

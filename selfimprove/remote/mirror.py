@@ -245,7 +245,7 @@ def pull(address: str, runs: Path, progress: Progress, tell: Callable[[str], Non
         UserError: no such run is there, another one of its name is here, or what is there is torn or altered.
     """
     where, _, name = address.rstrip("/").rpartition("/")
-    if not where or not boundary.is_run_name(name):
+    if not where or where.endswith(":/") or not boundary.is_run_name(name):  # s3://BUCKET alone is no run
         raise UserError(f"'{address}' names no run in a store", "for example selfimprove pull s3://BUCKET/PREFIX/RUN")
     store, run = Store(where), Run(runs / name)
     mirror = Mirror(store, run)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from selfimprove.columns import arrow_schema
 from selfimprove.records import PairLoss
-from selfimprove.store import arrow_schema
 from selfimprove.training.job import PairRow
 
 GROUP = 65_536  # rows written at a time, so that memory does not grow with the pairs

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from selfimprove import recipe
+from selfimprove.columns import arrow_schema
 from selfimprove.stages import control, discriminate, evaluate, generate, improve, label, synthesize, train
-from selfimprove.store import arrow_schema
 from selfimprove.verification.tables import IDS, ROWS, At, dicts, record, shards
 
 if TYPE_CHECKING:

@@ -32,10 +32,8 @@ def workers(process: Process, module: str) -> list[psutil.Process]:
     return [one for one in psutil.Process(process.pid).children(recursive=True) if module in " ".join(one.cmdline())]
 
 
-def nothing(field: Field, executor: str, began: float) -> Outcome:
-    """No fault: two workers in place of one."""
-    field.spoil()
-    run = f"two-{executor}"
+def by_two(field: Field, executor: str, run: str) -> None:
+    """A run by two workers, or by two ranks, from beginning to end."""
     if executor == "static":
         driver, follower = field.drive(run, executor="static", environment=place(0, 2)), field.follow(run, 1, 2)
         with ended(driver, follower):
@@ -44,6 +42,13 @@ def nothing(field: Field, executor: str, began: float) -> Outcome:
     else:
         with ended(driver := field.drive(run, executor=executor, workers=2)):
             finish(driver)
+
+
+def nothing(field: Field, executor: str, began: float) -> Outcome:
+    """No fault: two workers in place of one."""
+    field.spoil()
+    run = f"two-{executor}"
+    by_two(field, executor, run)
     return field.outcome("two workers, no fault", executor, run, began)
 
 
@@ -133,14 +138,7 @@ def poisoned(field: Field, executor: str, began: float) -> Outcome:
     text = prompts()[VICTIM]
     field.spoil(poison=text, die="exit" if executor != "static" else "engine")
     run = f"poison-{executor}"
-    if executor == "static":
-        driver, follower = field.drive(run, executor="static", environment=place(0, 2)), field.follow(run, 1, 2)
-        with ended(driver, follower):
-            finish(driver)
-            finish(follower)
-    else:
-        with ended(driver := field.drive(run, executor=executor, workers=2)):
-            finish(driver)
+    by_two(field, executor, run)
     assert published(field.folder / "runs" / run).quarantined == {f"{VICTIM:05d}": POISONED}
     deaths = len(Path(f"{field.settings}.deaths").read_text().splitlines())
     return field.outcome("poisoned row", executor, run, began, f"{deaths} deaths")

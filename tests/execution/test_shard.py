@@ -172,6 +172,30 @@ class TestFiles:
         assert Answering(tmp_path, Shard("x", ROWS[:1])).known == {}
 
 
+def test_nothing_is_told_of_progress_before_a_row_ends(tmp_path):
+    """Else the time that an engine takes to start is counted as that of the first row."""
+    told = []
+    [first] = cut(WORK, ROWS[:10])
+    before = Answering(tmp_path, first)
+    before.put(0, answer(0))
+    before.close()
+
+    class Slow:
+        def map_shards(self, folder, work, shards, heard):
+            for one in shards:
+                answering = Answering(folder, one)
+                heard(one.id, len(answering.known))
+                assert told == []
+                for k in answering.missing():
+                    answering.put(k, answer(k))
+                    heard(one.id, len(answering.known))
+                answering.finish()
+                yield one.id
+
+    assert list(asking.ask(Slow(), tmp_path, WORK, ROWS[:10], told.append)) == [answer(k) for k in range(10)]
+    assert told == [*range(2, 11), 10]
+
+
 class Instant:
     """An executor that answers at once, in an order of its own, and notes how many rows it has seen."""
 

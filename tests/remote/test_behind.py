@@ -18,10 +18,16 @@ def two_published(tmp_path: Path) -> Mirror:
     return mirrored(str(tmp_path / "store"), begin(tmp_path / "here/run", STAGES[:2]))
 
 
-def test_a_push_goes_on_behind_the_stages_and_is_waited_for(tmp_path):
+def test_a_push_goes_on_behind_the_stages_and_is_waited_for(tmp_path, monkeypatch):
     kept, may, pushed = two_published(tmp_path), threading.Event(), []
     push = kept.push
-    kept.push = lambda directory, told: (may.wait(60), pushed.append(directory), push(directory, told))  # type: ignore
+
+    def slowly(directory, told):
+        may.wait(60)
+        pushed.append(directory)
+        return push(directory, told)
+
+    monkeypatch.setattr(kept, "push", slowly)
     with Behind(kept, nothing, nothing) as behind:
         for directory in STAGES[:2]:
             behind.push(directory)
@@ -43,7 +49,7 @@ def drive(kept: Mirror, end: BaseException | None = None, progress=nothing, fail
             raise end
 
 
-def test_what_a_push_met_is_raised_at_the_next_stage_or_at_the_end(tmp_path):
+def test_what_a_push_met_is_raised_at_the_next_stage_or_at_the_end(tmp_path, monkeypatch):
     kept, told, asked = two_published(tmp_path), [], []
 
     def fail(directory, progress):
@@ -51,7 +57,7 @@ def test_what_a_push_met_is_raised_at_the_next_stage_or_at_the_end(tmp_path):
         time.sleep(0.5)
         raise UserError("the store is gone")
 
-    kept.push = fail  # type: ignore
+    monkeypatch.setattr(kept, "push", fail)
     with pytest.raises(UserError, match="the store is gone"):
         drive(kept, AssertionError("the second stage went on"), failed=told.append, wait=True)
     assert told == []  # the run notes it with the stage

@@ -189,7 +189,8 @@ def test_the_commands_say_what_they_lack(at_kept_run):
     assert "no run 'x' in" in (said := selfimprove("pull", "store/x").err)
     assert "there is r" in said
     assert not Path("runs/x").exists()
-    assert "names no run in a store" in selfimprove("pull", "store/..").err
+    for address in ("store/..", "s3://bucket", "store"):
+        assert "names no run in a store" in selfimprove("pull", address).err
     Path("else").mkdir()
     pushed = selfimprove("push", "r", "--to", "else")
     assert pushed.code == 0, pushed.err

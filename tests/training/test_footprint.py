@@ -19,7 +19,7 @@ def test_mixed_precision_adamw_of_one_process_takes_18_bytes_a_parameter():
 
 @pytest.mark.parametrize(("processes", "nodes"), [(8, 1), (8, 2), (1, 4)])
 def test_fsdp_cuts_everything_into_equal_parts(processes, nodes):
-    machine = Machine(num_processes=processes, nodes=nodes, sharding="fsdp")
+    machine = Machine(executor="static", num_processes=processes, nodes=nodes, sharding="fsdp")
     one, parts = footprint(8 * B, 8 * B, FULL, Machine(), 2), footprint(8 * B, 8 * B, FULL, machine, 2)
     assert [part * processes * nodes for part in parts] == list(one)
 

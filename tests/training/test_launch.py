@@ -48,7 +48,13 @@ def beside(tmp_path):
 
 def test_two_nodes_equal_one_process_and_a_lost_node_ends_all_and_is_resumed(tmp_path, pairs, beside):
     assert fit(tmp_path / "one", pairs, DPO, **SETTINGS) == [0]
-    machine = {"nodes": 2, "rendezvous": f"127.0.0.1:{free_port()}", "sharding": "fsdp", "checkpoint_steps": 2}
+    machine = {
+        "executor": "static",
+        "nodes": 2,
+        "rendezvous": f"127.0.0.1:{free_port()}",
+        "sharding": "fsdp",
+        "checkpoint_steps": 2,
+    }
     training = job(tmp_path / "two", pairs, DPO, machine, **SETTINGS)
     node = beside(training.machine)
     lost = []
@@ -85,7 +91,7 @@ def test_a_node_whose_driver_gives_up_ends_too(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "GRACE_SECONDS", 0.2)
     specification = tmp_path / "job.json"
     specification.write_text('{"attempt": "a"}')
-    machine = Machine(nodes=2, rendezvous=f"127.0.0.1:{free_port()}")  # where nobody is
+    machine = Machine(executor="static", nodes=2, rendezvous=f"127.0.0.1:{free_port()}")  # where nobody is
 
     def gone() -> None:
         specification.unlink(missing_ok=True)
@@ -110,12 +116,14 @@ def test_a_node_whose_driver_gives_up_ends_too(tmp_path, monkeypatch):
 )
 def test_the_first_host_of_a_scheduler(hosts, first):
     assert rendezvous.first_host(hosts) == first
-    found = rendezvous.endpoint(Machine(nodes=2), {"SLURM_JOB_NODELIST": hosts, "SLURM_JOB_ID": "123456"})
+    found = rendezvous.endpoint(
+        Machine(executor="static", nodes=2), {"SLURM_JOB_NODELIST": hosts, "SLURM_JOB_ID": "123456"}
+    )
     assert found == f"{first}:13456"
 
 
 def test_where_nodes_meet():
-    several, slurm = Machine(nodes=2), {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7"}
+    several, slurm = Machine(executor="static", nodes=2), {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7"}
     variables = {"MASTER_ADDR": "m", "MASTER_PORT": "1234", **slurm}
     assert rendezvous.endpoint(several.model_copy(update={"rendezvous": "h:1"}), variables) == "h:1"
     assert rendezvous.endpoint(several, variables) == "m:1234"
