@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfimprove import recipe_file
+from selfimprove.columns import arrow_schema
 from selfimprove.recipe import Recipe
 from selfimprove.records import Sample
 from selfimprove.stages import evaluate
@@ -15,7 +16,6 @@ from selfimprove.store import (
     Artifact,
     Manifest,
     Output,
-    arrow_schema,
     key_of,
     manifest_text,
     read_manifest,
