@@ -46,11 +46,11 @@ class Codec:
             return [list(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out."""
+    def decode_many(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of ids, special tokens left out; on as many cores."""
         if self._decodes:
-            return str(self._rust.decode(token_ids, skip_special_tokens=True))
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+            return list(self._rust.decode_batch(sequences, skip_special_tokens=True))
+        return [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
 
 
 class Chat:
@@ -114,7 +114,11 @@ class Chat:
 
     def text(self, token_ids: list[int]) -> str:
         """The text of a completion, without special tokens and surrounding white space."""
-        return self._codec.decode(token_ids).strip()
+        return self.texts([token_ids])[0]
+
+    def texts(self, sequences: Sequence[list[int]]) -> list[str]:
+        """The same of many completions."""
+        return [text.strip() for text in self._codec.decode_many(sequences)]
 
     def _rendered(self, dialogues: Sequence[list[Message]], *, add_generation_prompt: bool) -> list[list[str]]:
         """What the template makes of dialogues, each in the pieces that are to be encoded."""
@@ -245,7 +249,9 @@ def _template(name: str) -> tuple[jinja2.Template, frozenset[str]]:
     source = template_path(name).read_text(encoding="utf-8").strip()
     try:
         used = jinja2.meta.find_undeclared_variables(TEMPLATES.parse(source))
-        return TEMPLATES.from_string(source), frozenset(used)
+        template = TEMPLATES.from_string(source)
+        template.globals = dict(template.globals)  # each rendering copies them, and a ChainMap takes its time
+        return template, frozenset(used)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"prompts/{name}.jinja, line {error.lineno}: {error.message}", "mend the template") from None
 

@@ -4,8 +4,9 @@ Log-probabilities are natural logarithms (nats), one per completion token. Ident
 `prompt_id` names the prompt, `(prompt_id, source, sample)` a completion, `pair_id` a pair.
 """
 
-from dataclasses import dataclass
 from typing import TypedDict
+
+import msgspec
 
 
 class Message(TypedDict):
@@ -15,8 +16,7 @@ class Message(TypedDict):
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """An instruction to answer. Example: Prompt("i1-p17", "Reverse: fox, pen.", "synthetic", 1, ["fox", "pen"])."""
 
     prompt_id: str
@@ -26,8 +26,7 @@ class Prompt:
     keywords: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(msgspec.Struct, frozen=True):
     """One completion, with its token ids exactly as sampled (the end token included when it was sampled)."""
 
     prompt_id: str
@@ -43,8 +42,7 @@ class Generation:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True):
     """A judge's opinion of one completion; `score` None means unknown, never zero, and `reason` says why."""
 
     prompt_id: str
@@ -56,8 +54,7 @@ class Verdict:
     reply: str = ""  # the judge's own words, where it has any
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(msgspec.Struct, frozen=True):
     """A judge's preference between two completions of a prompt, P(first is better), shown in both orders."""
 
     prompt_id: str
@@ -73,8 +70,7 @@ class Comparison:
     swapped_reply: str
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(msgspec.Struct, frozen=True):
     """A preference; prompt, chosen, rejected are TRL's conversational columns, the token ids are what we train on."""
 
     pair_id: str
@@ -93,8 +89,7 @@ class Pair:
     source: str = ""  # of the data, where the seeds name one
 
 
-@dataclass(frozen=True, slots=True)
-class Flip:
+class Flip(msgspec.Struct, frozen=True):
     """A label that scores have turned over: what was chosen is now rejected."""
 
     pair_id: str
@@ -107,8 +102,7 @@ class Flip:
     was_rejected_score: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class PairLoss:
+class PairLoss(msgspec.Struct, frozen=True):
     """What a pair cost at one optimiser step; `margin` is its rewards/margins, scaled as in metrics.jsonl."""
 
     pair_id: str
@@ -118,8 +112,7 @@ class PairLoss:
     margin: float | None  # None where no pair of the step has a rejected answer
 
 
-@dataclass(frozen=True, slots=True)
-class Anchor:
+class Anchor(msgspec.Struct, frozen=True):
     """An answer of the first round that every round judges again, with its score of then."""
 
     prompt_id: str
@@ -133,8 +126,7 @@ class Anchor:
     score: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True):
     """One scored answer to a held-out prompt; `mode` is "greedy" or "sampled", `split` "report" or "selection"."""
 
     prompt_id: str
@@ -151,8 +143,7 @@ class Sample:
     initial_logps: float | None = None  # ... and under M_0
 
 
-@dataclass(frozen=True, slots=True)
-class Quarantined:
+class Quarantined(msgspec.Struct, frozen=True):
     """A row that went in and did not come out, with the reason."""
 
     row_id: str
@@ -160,8 +151,7 @@ class Quarantined:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Seed:
+class Seed(msgspec.Struct, frozen=True):
     """A seed prompt with its gold answer, as read from the seed file."""
 
     prompt_id: str
@@ -170,8 +160,7 @@ class Seed:
     source: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOut:
+class HeldOut(msgspec.Struct, frozen=True):
     """An evaluation prompt; `answer` is None where the checker derives it from the prompt."""
 
     prompt_id: str

@@ -61,7 +61,7 @@ def resample(run: Path, iteration: int, change: Callable[[list[Sample]], list[Sa
     directory = stage(run, iteration, "evaluate")
     rows = change(read_rows(directory, "samples", Sample))
     table = pa.Table.from_pylist(
-        [{name: getattr(row, name) for name in Sample.__slots__} for row in rows], schema=arrow_schema(Sample)
+        [{name: getattr(row, name) for name in Sample.__struct_fields__} for row in rows], schema=arrow_schema(Sample)
     )
     pq.write_table(table, directory / "samples-00000.parquet")
     (directory / "scores.json").write_text(json.dumps(evaluate.scores(rows, {})), encoding="utf-8")

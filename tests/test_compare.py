@@ -1,6 +1,5 @@
 """`selfimprove compare`: its numbers against scipy and statsmodels, what it refuses, and hostile text."""
 
-import dataclasses
 import json
 import random
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -23,7 +23,7 @@ HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[31mred\x1
 def scored(run: Path, iteration: int, probability: float, seed: int) -> list[Sample]:
     rng = random.Random(seed)
     return resample(
-        run, iteration, lambda rows: [dataclasses.replace(row, score=float(rng.random() < probability)) for row in rows]
+        run, iteration, lambda rows: [replace(row, score=float(rng.random() < probability)) for row in rows]
     )
 
 
@@ -92,7 +92,7 @@ def test_answers_of_the_selection_split_count_for_nothing(others):
     before = compared("fake", "better")
 
     def more(rows: list[Sample]) -> list[Sample]:
-        wrong = [dataclasses.replace(row, split="selection", score=0.0) for row in rows]
+        wrong = [replace(row, split="selection", score=0.0) for row in rows]
         return [*rows, *wrong]
 
     resample(others[1], 2, more)
@@ -117,7 +117,7 @@ class TestOtherHeldOutPrompts:
         def change(rows: list[Sample]) -> list[Sample]:
             number = {prompt: k for k, prompt in enumerate(dict.fromkeys(row.prompt_id for row in rows))}
             return [
-                dataclasses.replace(
+                replace(
                     row,
                     prompt_id=f"other-{number[row.prompt_id]}",
                     prompt=row.prompt if number[row.prompt_id] < same else f"{row.prompt} Please.",

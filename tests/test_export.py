@@ -161,7 +161,7 @@ class TestCards:
             shard = out / "dataset" / "data" / f"round-00{k}-00000.parquet"
             pairs = manifest["metrics"]["pairs"]
             assert f"| {pairs} | verifier (checker = demo_world) | {sha256(shard)} |" in card.text
-        for column in Pair.__slots__:
+        for column in Pair.__struct_fields__:
             assert column in card.text
 
     def test_nothing_says_where_it_was_made(self, fake_run, tmp_path):

@@ -81,8 +81,8 @@ class TestRows:
         [directory] = (two / f"iter-00{stage[0]}").glob(f"*-{stage[2:]}")
         expected = read_rows(directory, name, record)
         found = rows("two", stage)
-        assert [{k: row[k] for k in record.__dataclass_fields__} for row in found] == [
-            {k: getattr(row, k) for k in record.__dataclass_fields__} for row in expected
+        assert [{k: row[k] for k in record.__struct_fields__} for row in found] == [
+            {k: getattr(row, k) for k in record.__struct_fields__} for row in expected
         ]
         assert {row["stage"] for row in found} == {f"iter-00{stage[0]}/{directory.name}"}
 

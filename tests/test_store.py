@@ -1,6 +1,5 @@
 """Artifacts are there whole or not at all; keys explain themselves; damage is found and named."""
 
-import dataclasses
 import json
 
 import pyarrow.parquet as pq
@@ -8,6 +7,7 @@ import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import asdict, replace
 
 from selfimprove import boundary, columns, records, store
 from selfimprove.errors import UserError
@@ -49,12 +49,12 @@ def test_rows_come_back_as_they_went_in_with_unknown_still_unknown(tmp_path):
 def test_every_record_has_a_schema():
     for name in ("Prompt", "Generation", "Verdict", "Pair", "Sample", "Quarantined"):
         record = getattr(records, name)
-        assert columns.arrow_schema(record).names == [field.name for field in dataclasses.fields(record)]
+        assert columns.arrow_schema(record).names == list(record.__struct_fields__)
 
 
 def test_shards_split_and_join(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHARD_ROWS", 2)
-    rows = [dataclasses.replace(PAIR, pair_id=str(i)) for i in range(5)]
+    rows = [replace(PAIR, pair_id=str(i)) for i in range(5)]
     publish(tmp_path / "x", rows)
     assert len(list((tmp_path / "x").glob("pairs-*.parquet"))) == 3
     assert store.read_rows(tmp_path / "x", "pairs", records.Pair) == rows
@@ -165,9 +165,7 @@ def test_what_killed_writers_left_half_written_is_swept_and_whole_files_stay(tmp
     assert not (tmp_path / ".best.tmp").is_symlink()
 
 
-GROUPS = [
-    dataclasses.replace(PAIR, pair_id=str(i), chosen_token_ids=list(range(i)), rejected_score=None) for i in range(23)
-]
+GROUPS = [replace(PAIR, pair_id=str(i), chosen_token_ids=list(range(i)), rejected_score=None) for i in range(23)]
 
 
 @pytest.mark.parametrize(
@@ -188,16 +186,16 @@ def test_any_part_of_the_rows_can_be_read_wherever_groups_and_shards_end(start, 
 
 def test_columns_are_what_pyarrow_makes_of_them(tmp_path):
     """The reader against pyarrow's own, with nulls, empty lists and nested messages, and a file without a column."""
-    rows = [PAIR, dataclasses.replace(PAIR, chosen_score=-0.5, prompt=[], source="a\U0001f600"), *GROUPS[:3]]
+    rows = [PAIR, replace(PAIR, chosen_score=-0.5, prompt=[], source="a\U0001f600"), *GROUPS[:3]]
     publish(tmp_path / "x", rows)
     [path] = (tmp_path / "x").glob("pairs-*.parquet")
-    assert pq.read_table(path).to_pylist() == [dataclasses.asdict(row) for row in rows]
+    assert pq.read_table(path).to_pylist() == [asdict(row) for row in rows]
     assert [columns.values(column.combine_chunks()) for column in pq.read_table(path).slice(1, 3).columns] == [
         column.to_pylist() for column in pq.read_table(path).slice(1, 3).columns
     ]
     pq.write_table(pq.read_table(path).drop_columns(["source"]), tmp_path / "old.parquet")
     [first, *_] = columns.read(tmp_path / "old.parquet", records.Pair, columns.arrow_schema(records.Pair))
-    assert first == dataclasses.replace(PAIR, source=None)
+    assert first == replace(PAIR, source=None)
 
 
 def test_rows_of_two_kinds_and_quarantined_ones_are_written_at_once(tmp_path, monkeypatch):

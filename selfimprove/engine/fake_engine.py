@@ -40,7 +40,7 @@ class FakeEngine:
         for start in range(0, len(requests), AT_ONCE):
             interrupts.check()
             some = requests[start : start + AT_ONCE]
-            texts = [self._codec.decode(r.prompt_token_ids).strip() for r in some]
+            texts = [text.strip() for text in self._codec.decode_many([r.prompt_token_ids for r in some])]
             replies = [
                 _reply(text, random.Random(r.seed + k)) for r, text in zip(some, texts, strict=True) for k in range(r.n)
             ]

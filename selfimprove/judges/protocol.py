@@ -1,16 +1,16 @@
 """What a judge is: completions in, opinions out, in the same order; what is unknown is None with a reason."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+
+import msgspec
 
 from selfimprove.records import Generation
 
 SERVER = "server:"  # how the name of a model that a server of the recipe serves begins
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     """A completion to be judged; all candidates of a prompt reach the judge together."""
 
     prompt_id: str

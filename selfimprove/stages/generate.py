@@ -4,9 +4,10 @@ With `splice` (SAPO, arXiv 2405.20830) the policy writes only a segment of its a
 is the gold's.
 """
 
-import dataclasses
 import random
 from collections.abc import Iterable, Iterator, Sequence
+
+from msgspec.structs import replace
 
 from selfimprove import data, recipe
 from selfimprove.records import Generation, Prompt, Seed
@@ -97,7 +98,7 @@ def _spliced(io: StageIO, section: recipe.Generate, longest: int, seeds: Sequenc
             io.out.quarantine(f"{row.prompt_id}/current/{row.sample}", "spliced answer too long for the context")
             continue
         rows.append(
-            dataclasses.replace(
+            replace(
                 row,
                 text=io.chat.text(ids),
                 prompt_token_ids=prompts[row.prompt_id],

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from selfimprove import chat, data, recipe
 from selfimprove.errors import UserError
 from selfimprove.judges import candidate
@@ -91,6 +93,4 @@ def distil(io: StageIO, section: recipe.Improve, seeds: list[Seed]) -> Path:
 
 
 def _asked(row: Generation, prompt: str, prompt_token_ids: list[int]) -> Generation:
-    import dataclasses
-
-    return dataclasses.replace(row, prompt=prompt, prompt_token_ids=prompt_token_ids)
+    return replace(row, prompt=prompt, prompt_token_ids=prompt_token_ids)

@@ -18,7 +18,7 @@ from selfimprove.records import Generation, Message, Verdict
 from selfimprove.store import Artifact, model_identity, read_rows, row_seed
 from selfimprove.training.job import Job, PairRow, Weights
 
-TOKENIZED = 256  # prompts at a time
+TOKENIZED = 256  # prompts, or answers to so many, at a time
 LOSSES = "losses-00000.parquet"
 MEASURED = frozenset({"tokens_per_second", "peak_memory_mib"})  # they differ from run to run
 
@@ -80,26 +80,29 @@ class StageIO:
             self._requests(asks, n, sampling.max_tokens, source, waiting),
             lambda done: self.progress(what, done, max(total, done)),
         )
-        for completions in answers:
-            asked, request = waiting.popleft()
-            if isinstance(completions, Lost):
-                self._leave_out(asked, n, source, completions.reason)
-                continue
-            for k, completion in enumerate(completions):
-                self.out.tokens += len(completion.token_ids)
-                yield Generation(
-                    prompt_id=asked.prompt_id,
-                    prompt=asked.text,
-                    source=source,
-                    sample=asked.sample + k,
-                    text=self.chat.text(completion.token_ids),
-                    prompt_token_ids=request.prompt_token_ids,
-                    token_ids=completion.token_ids,
-                    logprobs=completion.logprobs,
-                    finish_reason=completion.finish_reason,
-                    policy=policy,
-                    seed=request.seed + k,
-                )
+        for some in batched(answers, TOKENIZED):
+            written = [found.token_ids for answer in some if not isinstance(answer, Lost) for found in answer]
+            texts = iter(self.chat.texts(written))
+            for answer in some:
+                asked, request = waiting.popleft()
+                if isinstance(answer, Lost):
+                    self._leave_out(asked, n, source, answer.reason)
+                    continue
+                for k, completion in enumerate(answer):
+                    self.out.tokens += len(completion.token_ids)
+                    yield Generation(
+                        prompt_id=asked.prompt_id,
+                        prompt=asked.text,
+                        source=source,
+                        sample=asked.sample + k,
+                        text=next(texts),
+                        prompt_token_ids=request.prompt_token_ids,
+                        token_ids=completion.token_ids,
+                        logprobs=completion.logprobs,
+                        finish_reason=completion.finish_reason,
+                        policy=policy,
+                        seed=request.seed + k,
+                    )
 
     def _requests(
         self, asks: Iterable[Ask], n: int, max_tokens: int, source: str, waiting: deque[tuple[Ask, Request]]

@@ -4,6 +4,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from selfimprove import judges, recipe
 from selfimprove.judges import Candidate, Opinion, Preference, audit, audit_scores
 from selfimprove.judges.audit_scores import Scored
@@ -114,9 +116,7 @@ def _anchors(io: StageIO, choice: recipe.Choice, taken: Sequence[Candidate]) -> 
 
 def _asked_anew(io: StageIO, choice: recipe.Choice, taken: Sequence[Candidate], name: str) -> list[Opinion]:
     """Opinions on the answers under other names, and so with other seeds and marks."""
-    import dataclasses
-
-    renamed = [dataclasses.replace(c, prompt_id=f"{name}/{c.prompt_id}") for c in taken]
+    renamed = [replace(c, prompt_id=f"{name}/{c.prompt_id}") for c in taken]
     return judges.bind(choice)(renamed, io.judging)
 
 

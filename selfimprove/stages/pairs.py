@@ -3,12 +3,13 @@
 The stage label asks the judge, and writes what comes out here.
 """
 
-import dataclasses
 import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from selfimprove import judges, recipe
 from selfimprove.judges import Candidate, Opinion, Preference
@@ -122,12 +123,12 @@ def relabelled(pair: Pair, chosen: float | None, rejected: float | None, iterati
     It stays as it is where a score is unknown or both are the same, and turns where the rejected one scores more.
     """
     if chosen is None or rejected is None or rejected <= chosen:
-        return dataclasses.replace(pair, chosen_score=chosen, rejected_score=rejected), None
+        return replace(pair, chosen_score=chosen, rejected_score=rejected), None
     turned = Flip(
         pair.pair_id, pair.prompt_id, iteration, "relabelled",
         pair.chosen_source, pair.rejected_source, chosen, rejected,
     )  # fmt: skip
-    return dataclasses.replace(
+    return replace(
         pair,
         chosen=pair.rejected,
         rejected=pair.chosen,

@@ -1,6 +1,5 @@
 """Pairs made again from answers and verdicts, some prompts at a time, so that a million answers need no memory."""
 
-import dataclasses
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,7 +147,7 @@ def _changed(at: At, made: Paired, part: Part) -> Iterator[str]:
     for pair in made.pairs:
         stored = part.stored.get(pair.pair_id)
         if stored is not None and stored != pair:
-            fields = [f.name for f in dataclasses.fields(Pair) if getattr(pair, f.name) != getattr(stored, f.name)]
+            fields = [name for name in Pair.__struct_fields__ if getattr(pair, name) != getattr(stored, name)]
             yield (
                 f"{at.directory}/pairs-*.parquet: {pair.pair_id} is not what verdicts and rule give"
                 f" ({', '.join(fields)})"

@@ -6,7 +6,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from selfimprove import data
 from selfimprove.judges import Candidate
