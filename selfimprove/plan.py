@@ -284,6 +284,14 @@ class Sources:
         }
         return key_of({name: files[name] for name in files if is_model_file(name)})  # = model_identity of the directory
 
+    def key(self, directory: str) -> str | None:
+        """The key of an artifact of the run, published or not; None while what it is made from is not there."""
+        if manifest := self.manifest(directory):
+            return manifest.key
+        step = next(one for one in steps(self.recipe) if one.directory == directory)
+        ingredients = ingredients_of(step, self.recipe, self)
+        return key_of(ingredients) if ingredients else None
+
     def template(self, name: str) -> str:
         """Content hash of a prompt template, read once."""
         if name not in self._templates:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from selfimprove import boundary, collected, disk, estimates, receipts, recipe_file
+from selfimprove import boundary, collected, disk, estimates, judges, receipts, recipe_file
 from selfimprove.errors import UsageError, UserError
 from selfimprove.execution import Executors, ranks
 from selfimprove.interrupts import Interrupts
@@ -32,16 +32,18 @@ from selfimprove.plan import (
     find_step,
     ingredients_of,
     keep_templates,
+    seen_by,
     steps,
     stops,
     upstream,
 )
 from selfimprove.preflight import check
-from selfimprove.recipe import Recipe
+from selfimprove.recipe import Generate, Improve, Label, Recipe
 from selfimprove.remote import mirror
 from selfimprove.remote.behind import Behind
 from selfimprove.remote.mirror import Mirror
 from selfimprove.stages.io import StageIO
+from selfimprove.stages.judging import Ahead
 from selfimprove.status import read_scores, standing
 from selfimprove.store import Artifact, Manifest, Run, key_of, missing_outputs, read_manifest, write_atomically
 
@@ -205,10 +207,10 @@ def iterate(
             for name in _move_aside(run, chosen, selection.again, kept):
                 tell(f"set aside {name}")
         run.sweep()
-        every = examine(run, chosen)
+        every, sources = examine(run, chosen), Sources(run, chosen)
         for examined in every:  # a kill may have come between an artifact's publishing and the end of its scratch
-            if examined.status == "done" and examined.manifest:
-                forget(run.path / "scratch" / examined.manifest.key[:32])
+            if examined.status == "done" and examined.ingredients:
+                forget(scratch_of(run, examined.step, examined.ingredients, sources))
         todo = [e for e in selection.of(every) if e.status != "done"]
         if stale := next((e for e in todo if e.status == "stale"), None):
             raise UserError(
@@ -226,7 +228,9 @@ def iterate(
         with (
             Interrupts(display.stopping, display.waiting) as interrupts,
             Behind(kept, told, lambda why: run.write_state("failed", error=why)) as behind,
+            contextlib.ExitStack() as opened,
         ):
+            ahead: Ahead | None = None
             for number, examined in enumerate(todo, 1):
                 step = examined.step
                 display.started(step, number, len(todo))
@@ -236,7 +240,13 @@ def iterate(
                     takes = estimates.estimate(run, chosen, every)[step.directory]
                     disk.check(run.path, takes.disk_bytes, step.directory)
                     run.write_state("running", step.iteration, step.name)
-                    manifest = execute(run, chosen, step, executors, siblings, display, receipt)
+                    following = todo[number].step if number < len(todo) else None
+                    if following and begins_before(step, following):
+                        ahead = opened.enter_context(_ahead(run, chosen, following, executors))
+                    manifest = execute(run, chosen, step, executors, siblings, display, receipt, ahead)
+                    if isinstance(step.section, Label) and ahead:
+                        opened.close()
+                        ahead = None
                     behind.push(step.directory)
                 except BaseException as error:
                     mended = disk.told_of(error, run.path, step.directory)
@@ -266,10 +276,12 @@ def execute(
     siblings: Sequence[Path],
     display: Display,
     receipt: str,
+    ahead: Ahead | None = None,
 ) -> Manifest:
     """Run one stage and publish its artifact; what it wrote is gone when it fails.
 
-    The stage ends early, by KeyboardInterrupt, where whoever works in it finds that the user asked to stop.
+    The stage ends early, by KeyboardInterrupt, where whoever works in it finds that the user asked to stop. `ahead`
+    hears of each answer that is written, and is waited for by the stage label.
     """
     space = disk.watch(run.path, step.directory)
 
@@ -283,18 +295,47 @@ def execute(
         raise RuntimeError(f"{step.directory}: an input is missing")
     for source in step.models.values():
         collected.require(run.path, sources.path(source))
-    out = Artifact(run.path / step.directory)
-    io = StageIO(
+    io = stage_io(run, chosen, step, sources, ingredients, executors, progress)
+    keep_templates(run, ingredients)
+    try:
+        manifest = adopt(io.out, key_of(ingredients), [sibling / step.directory for sibling in siblings])
+        if manifest is None:
+            io.out.begin()
+            if ahead and isinstance(step.section, Label):
+                ahead.finish(io)
+            elif ahead:
+                io.arrived = ahead.put
+            with _nothing_old_searched():
+                step.stage.run(io, step.section)
+            manifest = io.out.publish(step.iteration, step.name, ingredients, environment() | {"receipt": receipt})
+    except BaseException:
+        io.out.discard()
+        raise
+    forget(io.scratch)
+    return manifest
+
+
+def stage_io(
+    run: Run,
+    chosen: Recipe,
+    step: Step,
+    sources: Sources,
+    seen: dict[str, Any],
+    executors: Executors,
+    progress: Callable[[str, int, int], None],
+) -> StageIO:
+    """What a stage may see of what is there; `seen` is plan.seen_by."""
+    return StageIO(
         iteration=step.iteration,
         stage=step.name,
         seed=chosen.seed,
         engine_section=chosen.engine,
         machine=chosen.machine,
-        inputs={name: sources.path(source) for name, source in step.inputs.items()},
+        inputs={name: sources.path(source) for name, source in step.inputs.items() if seen["inputs"][name]},
         models={name: sources.path(source) for name, source in step.models.items()},
-        identities=ingredients["models"],
-        out=out,
-        scratch=run.path / "scratch" / key_of(ingredients)[:32],
+        identities=seen["models"],
+        out=Artifact(run.path / step.directory),
+        scratch=scratch_of(run, step, seen, sources),
         cache=run.path / "cache",
         executor=executors.get(chosen.machine, run.path / "logs"),
         policy=sources.path(INITIAL),
@@ -302,19 +343,43 @@ def execute(
         servers={name: chosen.servers[name] for name in step.servers},
         progress=progress,
     )
-    keep_templates(run, ingredients)
+
+
+def scratch_of(run: Run, step: Step, seen: dict[str, Any], sources: Sources) -> Path:
+    """Where a stage keeps what is to be found again after a kill, named by all that goes into the artifact.
+
+    Of label's answers the keys of their artifacts go into the name, not their contents: it is there before they are.
+    """
+    if isinstance(step.section, Label):
+        made = {name: source for name, source in step.inputs.items() if not source.startswith("file:")}
+        keys = {name: sources.key(source) for name, source in made.items()}
+        seen = seen | {"inputs": seen["inputs"] | keys}
+    return run.path / "scratch" / key_of(seen)[:32]
+
+
+def begins_before(step: Step, following: Step | None) -> bool:
+    """Whether the answers that a stage writes can be judged, by label which follows, while it writes them.
+
+    The judge may not need the devices that write, and a prompt's answers have to come together.
+    """
+    if following is None or not isinstance(following.section, Label):
+        return False
+    writes, judge = step.section, following.section.judge
+    by_prompt = isinstance(writes, Improve) or (isinstance(writes, Generate) and not (writes.n and writes.initial_n))
+    return by_prompt and judge is not None and judges.waits(judge) and not following.section.acquire
+
+
+@contextlib.contextmanager
+def _ahead(run: Run, chosen: Recipe, step: Step, executors: Executors) -> Iterator[Ahead]:
+    """The judge of the stage label, at work before the stage is."""
+    sources = Sources(run, chosen)
+    seen = seen_by(step, chosen, sources)
+    assert isinstance(step.section, Label)
+    ahead = Ahead(stage_io(run, chosen, step, sources, seen, executors, lambda *told: None), step.section)
     try:
-        manifest = adopt(out, key_of(ingredients), [sibling / step.directory for sibling in siblings])
-        if manifest is None:
-            out.begin()
-            with _nothing_old_searched():
-                step.stage.run(io, step.section)
-            manifest = out.publish(step.iteration, step.name, ingredients, environment() | {"receipt": receipt})
-    except BaseException:
-        out.discard()
-        raise
-    forget(io.scratch)
-    return manifest
+        yield ahead
+    finally:
+        ahead.stop()
 
 
 @contextlib.contextmanager

@@ -65,9 +65,8 @@ def cases(rng):
 def test_windows_hold_what_sorting_gives(golds, worth, tmp_path, monkeypatch):
     monkeypatch.setattr(columns, "GROUP_ROWS", 4)
     monkeypatch.setattr(store, "SHARD_ROWS", 13)
-    monkeypatch.setattr(answers, "CANDIDATES", 10)
     for name, given, aligned in cases(random.Random(0)):
-        found = answers.Answers(tables(tmp_path / name, *given), golds, worth, completion_ids)
+        found = answers.Answers(tables(tmp_path / name, *given), golds, worth, completion_ids, 10)
         windows = list(found.windows())
         expected, prompt_ids = candidates([row for table in given for row in table], golds, completion_ids)
         expected = [c for c in expected if worth is None or c.prompt_id in worth]
@@ -75,11 +74,11 @@ def test_windows_hold_what_sorting_gives(golds, worth, tmp_path, monkeypatch):
         assert [item for window in windows for item in window.prompt_ids.items()] == list(prompt_ids.items()), name
         assert found.candidates == len(expected), name
         assert found.prompts == len({c.prompt_id for c in expected}), name
-        assert found._aligned == aligned, name
+        assert found.aligned == aligned, name
         assert all(len(window.prompt_ids) <= 10 for window in windows), name
 
 
 def test_long_answers_make_small_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "TOKENS", 12)
-    found = answers.Answers(tables(tmp_path, rows(PROMPTS, "current", 3)), {}, None, completion_ids)
+    found = answers.Answers(tables(tmp_path, rows(PROMPTS, "current", 3)), {}, None, completion_ids, 10)
     assert [len(window.prompt_ids) for window in found.windows()] == [2] * 15  # 1 + 2 + 3 tokens a prompt

@@ -103,7 +103,7 @@ def cut(work: Work, rows: Sequence[Any]) -> Iterator[Shard]:
 def ask(folder: Path, work: Work, shard: Shard) -> None:
     """Write a shard's question, for a worker that has only the folder; one that is there may name old paths."""
     question = msgspec.msgpack.encode([msgspec.msgpack.encode(work), msgspec.msgpack.encode(shard.rows)])
-    _write(folder / f"{shard.id}.ask", question)
+    write(folder / f"{shard.id}.ask", question)
 
 
 def asked(folder: Path, name: str) -> tuple[Work, Shard]:
@@ -112,7 +112,7 @@ def asked(folder: Path, name: str) -> tuple[Work, Shard]:
     Raises:
         OSError: it is not there, or damaged.
     """
-    found = _read(folder / f"{name}.ask")
+    found = read(folder / f"{name}.ask")
     if found is None:
         raise FileNotFoundError(folder / f"{name}.ask")
     said, rows = msgspec.msgpack.decode(found, type=tuple[bytes, bytes])
@@ -127,7 +127,7 @@ def is_done(folder: Path, name: str) -> bool:
 
 def answers(folder: Path, work: Work, shard: Shard) -> list[Any] | None:
     """The answers to a shard's rows, in order; None where it is not done, or its file is damaged."""
-    found = _read(folder / f"{shard.id}.done")
+    found = read(folder / f"{shard.id}.done")
     if found is None:
         return None
     said: list[Any] = msgspec.msgpack.decode(found, type=ANSWERS[work.task])
@@ -169,7 +169,7 @@ class Answering:
         """Publish the shard; all rows have their answers."""
         self.close()
         ordered = [msgspec.Raw(self.known[i]) for i in range(len(self._shard.rows))]
-        _write(self._folder / f"{self._shard.id}.done", msgspec.msgpack.encode(ordered))
+        write(self._folder / f"{self._shard.id}.done", msgspec.msgpack.encode(ordered))
         for path in self._folder.glob(f"{self._shard.id}.*.part"):
             path.unlink(missing_ok=True)
         (self._folder / f"{self._shard.id}.ask").unlink(missing_ok=True)
@@ -206,7 +206,8 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST).digest()
 
 
-def _write(path: Path, payload: bytes) -> None:
+def write(path: Path, payload: bytes) -> None:
+    """A file that is there whole or not at all, its digest in front."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
@@ -222,7 +223,8 @@ def _write(path: Path, payload: bytes) -> None:
     store.fsync(path.parent)
 
 
-def _read(path: Path) -> bytes | None:
+def read(path: Path) -> bytes | None:
+    """What `write` has written; None where it is not there, or damaged, in which case it goes."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from selfimprove.recipe import Choice
 __all__ = [
     "COMPARERS", "JUDGES", "Candidate", "Comparer", "Judge", "Opinion", "Panel", "Preference",
     "asked", "bind", "bind_comparer", "candidate", "check", "compares", "everyone", "files", "fixed", "identity",
-    "models", "moves", "needs_answer", "templates",
+    "models", "moves", "needs_answer", "templates", "waits",
 ]  # fmt: skip
 
 
@@ -139,6 +139,16 @@ def moves(choice: Choice) -> bool:
     return any(
         one.name in ("self_consistency", "discriminator") or "current" in models(one) for one in everyone([choice])
     )
+
+
+def waits(choice: Choice) -> bool:
+    """Whether a judge takes none of the devices that the run's own models use, and is long about it all the same.
+
+    That is one that asks servers alone, or runs programs in the sandbox.
+    """
+    found = asked([choice])
+    runs_programs = choice.name == "verifier" and (choice.model_extra or {}).get("checker") == "unit_tests"
+    return not found.models and (bool(found.servers) or runs_programs)
 
 
 def templates(choice: Choice) -> list[str]:

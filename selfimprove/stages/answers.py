@@ -1,7 +1,8 @@
 """The answers that a round labels, a window of prompts at a time: what several files hold of a prompt comes together.
 
 Each file, and each source within it, goes through the prompts in the same order, so that they are read side by side and
-a window is all that is held. Ids are looked at before; where the orders differ, all answers are held at once.
+a window is all that is held. Ids are looked at before; where the orders differ, all answers are held at once. One
+source may still be arriving: what its windows are does not depend on that.
 """
 
 import itertools
@@ -10,15 +11,22 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import NamedTuple
 
+from selfimprove import judges, recipe
 from selfimprove.judges import Candidate
 from selfimprove.records import Generation, Seed
 from selfimprove.stages.pairs import candidates
 from selfimprove.store import iter_columns, iter_rows
 
 CANDIDATES = 16_384  # of a window: judges that ask a model want many at once
+SOONER = 2_048  # of a window: for judges that can begin while answers are being written
 TOKENS = 4_000_000  # of a window's answers
 STREAMS = 16  # read side by side
 Group = tuple[str, list[Generation]]  # a prompt and its answers
+
+
+def window_size(judge: recipe.Choice | None) -> int:
+    """Candidates of a window, about."""
+    return SOONER if judge and judges.waits(judge) else CANDIDATES
 
 
 class Window(NamedTuple):
@@ -39,8 +47,11 @@ class Stream(NamedTuple):
 
     def groups(self) -> Iterator[Group]:
         """The prompts and their answers."""
-        rows = iter_rows(self.directory, self.name, Generation, self.start, self.stop)
-        return ((prompt_id, list(group)) for prompt_id, group in itertools.groupby(rows, lambda row: row.prompt_id))
+        return _groups(iter_rows(self.directory, self.name, Generation, self.start, self.stop))
+
+
+class OtherOrder(RuntimeError):
+    """Sources that are read side by side do not go through the prompts in one order."""
 
 
 class Answers:
@@ -51,6 +62,7 @@ class Answers:
         golds: the seeds by prompt_id.
         worth: the prompts that are judged; None = all.
         completion_ids: the token ids of an answer to a prompt.
+        size: candidates of a window, about.
     """
 
     def __init__(
@@ -59,12 +71,14 @@ class Answers:
         golds: Mapping[str, Seed],
         worth: Container[str] | None,
         completion_ids: Callable[[str, str], list[int]],
+        size: int,
     ) -> None:
         self._tables, self._golds, self._worth, self._completion_ids = tables, golds, worth, completion_ids
+        self._size = size
         self._streams = list(_streams(tables))
-        self._aligned = len(self._streams) <= STREAMS and _aligned([stream.hashes for stream in self._streams])
+        self.aligned = len(self._streams) <= STREAMS and _aligned([stream.hashes for stream in self._streams])
         self.prompts = self.candidates = 0  # to be judged
-        if self._aligned and worth is None and not golds:
+        if self.aligned and worth is None and not golds:
             self.prompts = len(self._streams[0].hashes) if self._streams else 0
             self.candidates = sum(stream.stop - stream.start for stream in self._streams)
         else:
@@ -77,7 +91,7 @@ class Answers:
             if self._worth is not None and prompt_id not in self._worth:
                 continue
             self.candidates += rows
-            if self._aligned:
+            if self.aligned:
                 first = number < len(self._streams[0].hashes)
             else:
                 first = prompt_id not in known
@@ -86,14 +100,21 @@ class Answers:
                 self.prompts += 1
                 self.candidates += prompt_id in self._golds
 
-    def windows(self) -> Iterator[Window]:
-        """All answers in order, the prompts in that of their first answers."""
+    def windows(self, arriving: Iterable[Generation] = ()) -> Iterator[Window]:
+        """All answers in order, the prompts in that of their first answers.
+
+        Args:
+            arriving: the answers of one more source, as they come; the tables must be aligned.
+
+        Raises:
+            OtherOrder: they are of prompts that the tables do not have, or come in another order.
+        """
         rows: list[Generation] = []
         tokens = 0
-        for _, group in self._side_by_side() if self._aligned else self._sorted():
+        for _, group in self._side_by_side(arriving) if self.aligned else self._sorted():
             rows += group
             tokens += sum(len(row.token_ids) for row in group)
-            if len(rows) >= CANDIDATES or tokens >= TOKENS:
+            if len(rows) >= self._size or tokens >= TOKENS:
                 yield self._window(rows)
                 rows, tokens = [], 0
         if rows:
@@ -103,10 +124,8 @@ class Answers:
         found, prompt_ids = candidates(rows, self._golds, self._completion_ids)
         return Window([c for c in found if self._worth is None or c.prompt_id in self._worth], prompt_ids)
 
-    def _side_by_side(self) -> Iterator[Group]:
-        if not self._streams:
-            return
-        first, *others = (stream.groups() for stream in self._streams)
+    def _side_by_side(self, arriving: Iterable[Generation]) -> Iterator[Group]:
+        first, *others = (*(stream.groups() for stream in self._streams), _groups(arriving))
         heads = [next(other, None) for other in others]
         for prompt_id, rows in first:
             for k, head in enumerate(heads):
@@ -115,7 +134,7 @@ class Answers:
                     heads[k] = next(others[k], None)
             yield prompt_id, rows
         if any(heads):
-            raise RuntimeError("answers to prompts that the first table does not have, or in another order")
+            raise OtherOrder("answers to prompts that the first table does not have, or in another order")
 
     def _sorted(self) -> Iterator[Group]:
         by_prompt: dict[str, list[Generation]] = {}
@@ -123,6 +142,10 @@ class Answers:
             for row in iter_rows(directory, name, Generation):
                 by_prompt.setdefault(row.prompt_id, []).append(row)
         yield from by_prompt.items()
+
+
+def _groups(rows: Iterable[Generation]) -> Iterator[Group]:
+    return ((prompt_id, list(group)) for prompt_id, group in itertools.groupby(rows, lambda row: row.prompt_id))
 
 
 def _runs(tables: Iterable[tuple[Path, str]]) -> Iterator[tuple[str, int]]:

@@ -33,6 +33,7 @@ def run(io: StageIO, section: recipe.Generate) -> None:
                 rows = io.complete(what, io.models[source], _asks(io, seeds), n, section.sampling, source)
             for row in rows:
                 generations.add(row)
+                io.arrived(row)
                 tokens += len(row.token_ids)
                 truncated += row.finish_reason == "length"
     prompts = row_number(io.inputs["prompts"], "prompts") if "prompts" in io.inputs else len(seeds)

@@ -46,7 +46,9 @@ def run(io: StageIO, section: recipe.Improve) -> None:
                 if (draft.prompt_id, draft.sample) == (row.prompt_id, row.sample):
                     break
             # the pair's prompt is the question itself, not the request to improve
-            refinements.add(_asked(row, draft.prompt, draft.prompt_token_ids))
+            rewritten = _asked(row, draft.prompt, draft.prompt_token_ids)
+            refinements.add(rewritten)
+            io.arrived(rewritten)
             changed += draft.text != row.text
     rows = refinements.rows
     io.out.contract("draft", drafts + len(waiting) + len(first), rows + len(own))

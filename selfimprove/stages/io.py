@@ -53,6 +53,7 @@ class StageIO:
     logs: Path
     servers: Mapping[str, recipe.Server]
     progress: Callable[[str, int, int], None]  # what, done, total
+    arrived: Callable[[Generation], None] = lambda row: None  # told of each answer that is written
 
     @cached_property
     def chat(self) -> Chat:

@@ -14,7 +14,7 @@ from selfimprove.judges import Candidate
 from selfimprove.judges.pairing import RULES, Rule
 from selfimprove.records import Flip, Pair, Seed
 from selfimprove.stages.acquire import acquired
-from selfimprove.stages.answers import CANDIDATES, Answers
+from selfimprove.stages.answers import CANDIDATES, Answers, window_size
 from selfimprove.stages.io import StageIO
 from selfimprove.stages.judge_audit import RoundAudit
 from selfimprove.stages.pairs import flips as flips_of
@@ -81,7 +81,7 @@ def run(io: StageIO, section: recipe.Label) -> None:
     golds = {seed.prompt_id: seed for seed in _seeds(io)}
     worth = acquired(io, section.acquire) if section.acquire else None
     tables = [(io.inputs[name], name) for name in ("generations", "refinements") if name in io.inputs]
-    answers = Answers(tables, golds, worth, io.chat.completion_ids)
+    answers = Answers(tables, golds, worth, io.chat.completion_ids, window_size(section.judge))
     writes_flips = section.pairing.name == "dynamic" or bool(section.relabel)
     with contextlib.ExitStack() as stack:
         pairs = stack.enter_context(io.out.writer("pairs", Pair))
