@@ -18,7 +18,7 @@ from selfimprove.stages.pairs import candidates
 from selfimprove.store import iter_columns, iter_rows
 
 CANDIDATES = 16_384  # of a window: judges that ask a model want many at once
-SOONER = 2_048  # of a window: for judges that can begin while answers are being written
+SOONER = 512  # of a window: for judges that can begin while answers are being written
 TOKENS = 4_000_000  # of a window's answers
 STREAMS = 16  # read side by side
 Group = tuple[str, list[Generation]]  # a prompt and its answers
