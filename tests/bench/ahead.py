@@ -1,0 +1,104 @@
+"""What judging while answers are written saves: the stages generate and label together, with it and without, in turn.
+
+The embedded default on real vLLM (CPU), and a judge on a server of this machine that takes a while for each reply, as
+one over a network does.
+
+    python -m tests.bench.ahead [--prompts 600] [--seconds 0.1] [--repeats 3]
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from selfimprove import recipe_file, run
+from selfimprove.execution import Executors
+from selfimprove.plan import Step
+from selfimprove.store import Manifest, Run
+from tests.judges.misbehaving import Asked, Handler, Server
+
+
+class Watch:
+    """See run.Display: notes how long each stage takes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def started(self, step: Step, number: int, total: int) -> None:
+        """The clock starts."""
+        self._began = time.perf_counter()
+
+    def finished(self, step: Step, manifest: Manifest, scores: dict[str, Any] | None) -> None:
+        """The clock stops."""
+        self.seconds[step.directory] = time.perf_counter() - self._began
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Nothing is drawn."""
+
+    def stopping(self) -> None:
+        """Nothing is drawn."""
+
+    def waiting(self, what: str) -> None:
+        """Nothing is drawn."""
+
+
+def measure(prompts: int, server: Server, executors: Executors, name: str) -> tuple[float, float]:
+    """Seconds of generate and of label in a run of one round."""
+    settings = [
+        f"synthesize.prompts={prompts}",
+        "label.judge={name='rubric', model='server:s', template='demo', max_tokens=8}",
+        f"servers.s={{url='{server.url}', model='m'}}",
+    ]
+    chosen, watch = recipe_file.load(recipe_file.find("default"), settings), Watch()
+    run.iterate(Run(Path(name)), chosen, watch, [], executors, selection=run.select(chosen, None, "1/label", None))
+    return watch.seconds["iter-001/2-generate"], watch.seconds["iter-001/3-label"]
+
+
+@contextmanager
+def serving(seconds: float) -> Iterator[Server]:
+    """A judge that takes so long for a reply."""
+
+    def behave(handler: Handler, asked: Asked, number: int) -> None:
+        time.sleep(seconds)
+        score = sum(asked.text.encode()) % 6
+        handler.answer(asked, message={"role": "assistant", "content": f"Score: {score}"})
+
+    server = Server(behave)
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def main() -> None:
+    """Measure in turn and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=600)
+    parser.add_argument("--seconds", type=float, default=0.1)
+    parser.add_argument("--repeats", type=int, default=3)
+    chosen = parser.parse_args()
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder, serving(chosen.seconds) as server, Executors() as executors:
+        os.chdir(folder)
+        for repeat in range(chosen.repeats):
+            took = {}
+            for arm in ("ahead", "after"):
+                if arm == "after":
+                    with mock.patch.object(run, "begins_before", return_value=False):
+                        took[arm] = measure(chosen.prompts, server, executors, f"{arm}{repeat}")
+                else:
+                    took[arm] = measure(chosen.prompts, server, executors, f"{arm}{repeat}")
+                print(f"{arm}: generate {took[arm][0]:.1f} s, label {took[arm][1]:.1f} s", flush=True)
+            ratios.append(sum(took["ahead"]) / sum(took["after"]))
+    print(f"both stages, ahead to after: {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
