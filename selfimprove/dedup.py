@@ -95,19 +95,23 @@ class HeldOut:
     def __init__(self, texts: Iterable[str], ngram: int) -> None:
         self._whole: set[str] = set()
         self._grams: dict[int, set[str]] = {}  # by their length in words
+        self._threes: set[tuple[str, ...]] = set()  # of longer ones: what shares none of these shares none of those
         for text in texts:
             words = data.fold(text).split()
             self._whole.add(" ".join(words))
             if words:  # a text without a word shares none
                 length = min(ngram, len(words))
                 self._grams.setdefault(length, set()).update(_grams(words, length))
+                self._threes.update(zip(words, words[1:], words[2:], strict=False))
 
     def reason(self, text: str) -> str | None:
         """Why a prompt may not enter training; None where it may."""
         words = data.fold(text).split()
         if " ".join(words) in self._whole:
             return "in the evaluation set"
-        shared = any(gram in known for length, known in self._grams.items() for gram in _grams(words, length))
+        most = 2 if self._threes.isdisjoint(zip(words, words[1:], words[2:], strict=False)) else len(words)
+        lengths = [length for length in self._grams if length <= most]
+        shared = any(gram in self._grams[length] for length in lengths for gram in _grams(words, length))
         return "overlaps the evaluation set" if shared else None
 
 

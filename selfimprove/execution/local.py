@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -19,6 +20,7 @@ from selfimprove.execution.job import Job
 from selfimprove.execution.shard import Shard, Work, ask
 
 TICK = 0.2  # seconds between looks at what else there is to do
+AHEAD = 2  # shards of each worker that are made ready while all are at work
 STARTS = 3  # of a worker that answers nothing
 GRACE = 60.0  # seconds that a worker may be silent beyond an engine's own patience
 
@@ -119,10 +121,11 @@ class Local:
         self, folder: Path, work: Work, shards: Iterable[Shard], heard: Callable[[str, int], None]
     ) -> Iterator[str]:
         """See protocol.Executor."""
-        iterator = iter(shards)
-        again: list[Job] = []  # to be given out; those on which a worker died
+        source = iter(shards)
+        prepared: deque[Job] = deque()  # to be given out next; in front those on which a worker died
+        finished: list[str] = []
         stop = interrupts.Stop("the workers finish the answers that they have begun")
-        stopped = False
+        stopped, more = False, True
         try:
             while True:
                 if stop.due():
@@ -130,10 +133,16 @@ class Local:
                     for worker in self._busy():
                         worker.send(messages.Stop())
                 if not stopped:
-                    self._give(iterator, again, folder, work)
+                    self._give(source, prepared, folder, work)
+                yield from finished  # the workers have something to do meanwhile
+                finished.clear()
                 if not (busy := self._busy()):
                     break
-                ready = wait([worker.connection for worker in busy], TICK)
+                ahead = more and not stopped and len(prepared) < AHEAD * self._machine.workers
+                ready = wait([worker.connection for worker in busy], 0 if ahead else TICK)
+                if ahead and not ready:
+                    more = self._prepare(source, prepared, folder)
+                    continue
                 for worker in busy:
                     if worker.connection not in ready:
                         worker.end_if_silent()
@@ -155,15 +164,15 @@ class Local:
                         case messages.Done():
                             worker.job = None
                             if job.more:
-                                again.append(job)
+                                prepared.appendleft(job)
                             else:
                                 heard(job.shard.id, len(job.shard.rows))
-                                yield job.shard.id
+                                finished.append(job.shard.id)
                         case None:
                             worker.job = None
                             ended = f"a worker ended with code {worker.restart()}"
                             job.died(UserError(ended, f"its output is {worker.log}"))
-                            again.append(job)
+                            prepared.appendleft(job)
         except BaseException:
             self._abandon()
             raise
@@ -201,18 +210,23 @@ class Local:
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.job]
 
-    def _give(self, iterator: Iterator[Shard], again: list[Job], folder: Path, work: Work) -> None:
+    def _give(self, source: Iterator[Shard], prepared: deque[Job], folder: Path, work: Work) -> None:
         """Something to do for each free worker."""
         while len(busy := self._busy()) < self._machine.workers:
-            if not again:
-                if (shard := next(iterator, None)) is None:
-                    return
-                again.append(Job(folder, shard))
+            if not prepared and not self._prepare(source, prepared, folder):
+                return
             self._start()
             worker = next(worker for worker in self._workers if worker not in busy)
-            worker.job = job = again.pop()
+            worker.job = job = prepared.popleft()
             ask(folder, work, job.shard)
             worker.send(messages.Carry(str(folder), job.shard.id, job.give()))
+
+    def _prepare(self, source: Iterator[Shard], prepared: deque[Job], folder: Path) -> bool:
+        """One more shard to be given out; whether there was one."""
+        if (shard := next(source, None)) is None:
+            return False
+        prepared.append(Job(folder, shard))
+        return True
 
     def _start(self) -> None:
         if not self._workers:
