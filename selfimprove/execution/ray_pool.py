@@ -127,6 +127,7 @@ class RayPool:
         self, folder: Path, work: Work, shards: Iterator[Shard], heard: Callable[[str, int], None]
     ) -> Iterator[str]:
         again: list[Job] = []  # not given out yet, or portions of shards on which an actor died
+        finished: list[str] = []
         stop, stopped, left, beat = interrupts.Stop("the actors finish the answers they have begun"), False, True, 0.0
         self._alone = time.monotonic()
         while True:
@@ -135,6 +136,8 @@ class RayPool:
                 for worker in self._busy():
                     worker.actor.stop.remote()
             left = not stopped and self._give(shards, again, folder, work)
+            yield from finished  # the actors have something to do meanwhile
+            finished.clear()
             if not left and not self._busy():
                 break
             for worker in self._ready():
@@ -157,7 +160,7 @@ class RayPool:
                     again.append(job)
                 else:
                     heard(job.shard.id, len(job.shard.rows))
-                    yield job.shard.id
+                    finished.append(job.shard.id)
             if time.monotonic() - beat > BEAT:
                 beat = time.monotonic()
                 self._ask_how_far(heard)

@@ -1,5 +1,6 @@
 """A vLLM host that is killed or hangs in the middle: another one answers what is missing, each row once."""
 
+import math
 import os
 import random
 import signal
@@ -15,7 +16,8 @@ from selfimprove.engine import process
 from selfimprove.engine.protocol import EngineDied, Options, Request, Sampling
 from selfimprove.engine.vllm_engine import VllmEngine
 from selfimprove.errors import UserError
-from selfimprove.execution import ask
+from selfimprove.execution import Lost, ask
+from selfimprove.execution.shard import POISONED
 from tests.executing import MODEL, inline
 from tests.executing import work as question
 
@@ -111,6 +113,38 @@ def test_a_killed_host_is_replaced_and_each_row_is_told_once(engine, work, undis
     assert sorted(told.rows) == seeds(work)
     assert engine.starts == starts + 1
     assert "started again" in engine.log.read_text()
+
+
+@pytest.mark.skipif("CHAOS_FULL" not in os.environ, reason="an engine start for each death: CHAOS_FULL=1")
+def test_a_row_on_which_the_host_dies_each_time_is_left_out_and_all_others_are_answered(
+    engine, work, undisturbed, tmp_path
+):
+    victim, starts = work[0][45].seed, engine.starts
+
+    def told(seed, answers):
+        if seed == victim:  # before its answer is kept
+            engine._host.process.kill()
+            raise process.HostGone("the host died on this row")
+
+    found = carried_first(engine, work, tmp_path, told)
+    assert found[45] == Lost(POISONED)
+    assert tokens(found[:45] + found[46:]) == tokens(undisturbed[:45] + undisturbed[46:])
+    assert 2 <= engine.starts - starts <= 2 + 2 * math.log2(len(found))
+
+
+def carried_first(engine, work, folder, told):
+    """As `carried`, but what is told comes before the answer is kept."""
+
+    class Before(Noting):
+        def generate(self, requests, sampling, finished):
+            def both(number, answers):
+                self.told(requests[number].seed, answers)
+                finished(number, answers)
+
+            return self.inside.generate(requests, sampling, both)
+
+    requests, sampling = work
+    return list(ask(inline(Before(engine, told)), folder, question("complete", sampling), requests))
 
 
 def test_a_stopped_host_counts_as_hung_and_is_replaced(engine, work, undisturbed, tmp_path):
