@@ -71,8 +71,9 @@ bench-train: setup  ## our training step beside TRL's (OUT=FILE.json REPEATS=5 V
 	$(BENCH_ENV) $(BIN)/python -W ignore -m tests.bench.train --repeats $(REPEATS) --vocab $(VOCAB) $(if $(OUT),--out $(OUT))
 
 ROWS ?= 10000 100000
-bench-dataflow: setup  ## rows/s and memory from keywords to pairs, of ROWS="10000 100000" prompts (OUT=FILE.json)
-	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -W ignore -m tests.bench.dataflow --rows $(ROWS) $(if $(OUT),--out $(OUT))
+WORKERS ?= 2
+bench-dataflow: setup  ## rows/s and memory from keywords to pairs, of ROWS="10000 100000" prompts (WORKERS=2 OUT=FILE.json)
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python -W ignore -m tests.bench.dataflow --workers $(WORKERS) --rows $(ROWS) $(if $(OUT),--out $(OUT))
 
 COUNT ?= 200
 CHAOS ?= /tmp/selfimprove-chaos

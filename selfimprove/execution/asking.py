@@ -51,13 +51,14 @@ def ask(
             progress(passed + sum(answered.values()))
 
     def window() -> list[Shard] | None:
-        """What of the next rows is to be carried out, the longest first, since it may not come last; None = no rows."""
+        """What of the next rows is to be carried out; None = no rows."""
         if not (taken := list(islice(source, WINDOW))):
             return None
         shards = list(cut(work, taken))
         waiting.extend(shards)
         undone = []
-        for shard in sorted(shards, key=lambda one: -one.weight):
+        half = len(shards) // 2  # in order, so that the caller has something soon; of the rest no long one comes last
+        for shard in [*shards[:half], *sorted(shards[half:], key=lambda one: -one.weight)]:
             if shard.id in begun:  # the same rows once more
                 continue
             begun.add(shard.id)

@@ -3,7 +3,7 @@
 The embedded default on real vLLM (CPU), and a judge on a server of this machine that takes a while for each reply, as
 one over a network does.
 
-    python -m tests.bench.ahead [--prompts 600] [--seconds 0.1] [--repeats 3]
+    python -m tests.bench.ahead [--prompts 1200] [--seconds 0.1] [--repeats 3]
 """
 
 import argparse
@@ -80,7 +80,7 @@ def serving(seconds: float) -> Iterator[Server]:
 def main() -> None:
     """Measure in turn and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=600)
+    parser.add_argument("--prompts", type=int, default=1200)
     parser.add_argument("--seconds", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=3)
     chosen = parser.parse_args()
