@@ -1,6 +1,6 @@
 """Asking a model about any number of rows: cut into shards, carried out by whoever there is, answered in order."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,7 @@ def ask(
     begun: set[str] = set()
     done: set[str] = set()
     damaged: list[Shard] = []  # to be carried out again
+    tries: Counter[str] = Counter()  # of shards that were damaged
     answered: dict[str, int] = {}  # rows of shards that are not passed on yet
     passed = 0
 
@@ -82,6 +83,13 @@ def ask(
             if found is None:
                 done.remove(shard.id)
                 damaged.append(shard)
+                tries[shard.id] += 1
+                if tries[shard.id] == TRIES:
+                    interrupts.check()
+                    raise UserError(
+                        f"{folder / shard.id}.done is damaged each time that it is written",
+                        "look at the disk it lies on",
+                    )
                 return
             waiting.popleft()
             answered.pop(shard.id, None)
@@ -92,7 +100,7 @@ def ask(
     while (first := window()) == []:  # what a resumed stage has long had
         yield from finished()
     shards: Iterable[Shard] = further(first or [])
-    for _ in range(TRIES):
+    while True:
         for name in executor.map_shards(folder, work, shards, heard):
             done.add(name)
             yield from finished()
@@ -103,6 +111,4 @@ def ask(
         damaged.clear()
     if waiting:
         interrupts.check()
-        raise UserError(
-            f"{folder / waiting[0].id}.done is damaged each time that it is written", "look at the disk it lies on"
-        )
+        raise RuntimeError(f"{folder / waiting[0].id} was not carried out")

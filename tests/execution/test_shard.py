@@ -197,10 +197,13 @@ def test_nothing_is_told_of_progress_before_a_row_ends(tmp_path):
 
 
 class Instant:
-    """An executor that answers at once, in an order of its own, and notes how many rows it has seen."""
+    """An executor that answers at once, in an order of its own, and notes how many rows it has seen.
 
-    def __init__(self, order=None, damage=0):
-        self.order, self.damage, self.done, self.rows = order, damage, [], 0
+    So many files are damaged as soon as they are written, each once, or `always`.
+    """
+
+    def __init__(self, order=None, damage=0, always=False):
+        self.order, self.damage, self.always, self.done, self.rows = order, damage, always, [], 0
 
     def map_shards(self, folder, work, shards, heard):
         taken = []
@@ -219,7 +222,7 @@ class Instant:
             for k, row in enumerate(one.rows):
                 answering.put(k, [float(row[0])])
             answering.finish()
-            if self.damage:
+            if self.damage and (self.always or one.id not in self.done):
                 self.damage -= 1
                 (folder / f"{one.id}.done").write_bytes(b"damaged")
             self.done.append(one.id)
@@ -286,11 +289,11 @@ class TestAsking:
         assert executor.rows == 64
 
     def test_a_file_that_is_damaged_once_is_asked_again_and_always_is_the_disk(self, tmp_path, windows, capsys):
-        executor = Instant(damage=2)
+        executor = Instant(damage=10)
         assert list(ask(executor, tmp_path / "a", work("score"), SEQUENCES[:300])) == SCORES[:300]
-        assert executor.rows == 300 + 2 * 8
+        assert executor.rows == 300 + 10 * 8
         with pytest.raises(UserError, match="is damaged each time") as raised:
-            list(ask(Instant(damage=10**6), tmp_path / "b", work("score"), SEQUENCES[:300]))
+            list(ask(Instant(damage=10**6, always=True), tmp_path / "b", work("score"), SEQUENCES[:300]))
         assert "disk" in raised.value.hint
 
     def test_no_rows_need_no_executor(self, tmp_path):

@@ -80,6 +80,9 @@ class Tokens:
     def decode(self, ids, skip_special_tokens=True):
         return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def decode_many(self, sequences):
+        return [self.decode(ids) for ids in sequences]
+
     def encode(self, text, add_special_tokens=False):
         return self.inner.encode(text, add_special_tokens=add_special_tokens).ids
 
