@@ -313,6 +313,8 @@ def execute(
     except BaseException:
         io.out.discard()
         raise
+    if ahead and isinstance(step.section, Label):
+        ahead.stop()  # it is at work where label is another run's
     forget(io.scratch)
     return manifest
 
@@ -350,34 +352,40 @@ def stage_io(
 def scratch_of(run: Run, step: Step, seen: dict[str, Any], sources: Sources) -> Path:
     """Where a stage keeps what is to be found again after a kill, named by all that goes into the artifact.
 
-    Of label's answers the keys of their artifacts go into the name, not their contents: it is there before they are.
+    Of the answers that label judges it has the key, not the content: it is there before they are. Where they are made
+    again and come out otherwise, what is kept of others is not found, and prices are counted on.
     """
     if isinstance(step.section, Label):
-        made = {name: source for name, source in step.inputs.items() if not source.startswith("file:")}
-        keys = {name: sources.key(source) for name, source in made.items()}
-        seen = seen | {"inputs": seen["inputs"] | keys}
+        written = [name for name in ("generations", "refinements") if name in step.inputs]
+        seen = seen | {"inputs": seen["inputs"] | {name: sources.key(step.inputs[name]) for name in written}}
     return run.path / "scratch" / key_of(seen)[:32]
 
 
-def begins_before(step: Step, following: Step | None) -> bool:
+def begins_before(step: Step, following: Step) -> bool:
     """Whether the answers that a stage writes can be judged, by label which follows, while it writes them.
 
     The judge may not need the devices that write, and a prompt's answers have to come together.
     """
-    if following is None or not isinstance(following.section, Label):
+    if not isinstance(following.section, Label):
         return False
     writes, judge = step.section, following.section.judge
-    by_prompt = isinstance(writes, Improve) or (isinstance(writes, Generate) and not (writes.n and writes.initial_n))
-    return by_prompt and judge is not None and judges.waits(judge) and not following.section.acquire
+    by_prompt = isinstance(writes, Improve)
+    if isinstance(writes, Generate):
+        by_prompt = not (writes.n and writes.initial_n) and not writes.splice
+    return by_prompt and judge is not None and judges.works_elsewhere(judge) and not following.section.acquire
 
 
 @contextlib.contextmanager
-def _ahead(run: Run, chosen: Recipe, step: Step, executors: Executors) -> Iterator[Ahead]:
-    """The judge of the stage label, at work before the stage is."""
+def _ahead(run: Run, chosen: Recipe, step: Step, executors: Executors) -> Iterator[Ahead | None]:
+    """The judge of the stage label, at work before the stage is; None where something is wrong, which label says."""
     sources = Sources(run, chosen)
     seen = seen_by(step, chosen, sources)
     assert isinstance(step.section, Label)
-    ahead = Ahead(stage_io(run, chosen, step, sources, seen, executors, lambda *told: None), step.section)
+    try:
+        ahead = Ahead(stage_io(run, chosen, step, sources, seen, executors, lambda *told: None), step.section)
+    except UserError:
+        yield None
+        return
     try:
         yield ahead
     finally:

@@ -1,8 +1,13 @@
 """Judging answers while others are being written: the same artifacts, nothing asked twice, however the writer ends."""
 
+import contextlib
+import sqlite3
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -60,11 +65,15 @@ def mark(asked):
     return f"Score: {sum(asked.text.encode()) % 6}"
 
 
-def command(arm, name, server, judge=RUBRIC):
-    told = ", ".join(f"{key}={value!r}" for key, value in {**judge, "model": "server:s"}.items())
+def table(values):
+    return "{" + ", ".join(f"{key}={value!r}" for key, value in values.items()) + "}"
+
+
+def command(arm, name, server, judge=RUBRIC, price=0.0):
+    served = {"url": server.url, "model": "m", "attempts": 1, "output_price": price}
     return [
         *ARMS[arm], "--rounds", "1", "--run", name, *QUICK, "--set", "synthesize.prompts=60",
-        "--set", f"servers.s={{url='{server.url}', model='m', attempts=1}}", "--set", f"label.judge={{{told}}}",
+        "--set", f"servers.s={table(served)}", "--set", f"label.judge={table({**judge, 'model': 'server:s'})}",
     ]  # fmt: skip
 
 
@@ -201,6 +210,52 @@ def test_an_interrupt_while_label_waits_ends_the_run_and_loses_nothing(small, pu
     assert max(server.answered.values()) == 1
 
 
+def test_a_process_that_begins_with_generate_imports_nothing_twice_at_once(small, server):
+    """In a process of its own: here all is imported already."""
+    assert selfimprove(*command("default", "r", server), "--until", "1/synthesize").code == 0
+    said = subprocess.run(
+        [sys.executable, "-m", "selfimprove.cli", "resume", "r"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    assert not Path("runs/r/logs/judging.log").exists()
+    assert max(server.answered.values()) == 1
+
+
+def test_a_second_wish_to_stop_is_not_deaf_to_what_is_under_way(small, puts, server):
+    """What was asked and not answered is booked, since it may have to be paid."""
+    server.behave = lambda handler, asked, number: time.sleep(60)
+
+    def insist():
+        until(lambda: server.busy == 16)
+        raise KeyboardInterrupt
+
+    puts[HELD] = insist
+    stop = judging.Stop
+
+    class Impatient(stop):
+        def due(self):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "Stop", Impatient)
+        assert selfimprove(*command("default", "r", server, price=1000.0)).code == 130
+    with contextlib.closing(sqlite3.connect("runs/r/cache/servers.sqlite")) as journal:
+        [(paid,)] = journal.execute("SELECT sum(usd) FROM accounts").fetchall()
+    assert paid >= 16 * 8 * 1000 / 1e6  # the most that the answers may have cost
+
+
+def test_a_writer_whose_artifact_is_another_run_s_begins_no_judge(tmp_path):
+    io = SimpleNamespace(scratch=tmp_path / "scratch", logs=tmp_path, progress=None)
+    ahead = judging.Ahead(io, recipe.Label(pairing={"name": "best_vs_worst"}))
+    ahead.finish(SimpleNamespace(progress=None))
+    ahead.stop()
+    assert list(tmp_path.iterdir()) == []
+
+
 def begins(name, *settings):
     chosen = recipe_file.load(recipe_file.find(name), list(settings))
     every = list(steps(chosen))
@@ -221,6 +276,15 @@ SERVED = "servers.s={url='http://127.0.0.1:1/v1', model='m'}"
         ("default", ["label.judge={name='pairwise', model='server:s'}", SERVED], True),
         ("default", ["label.judge={name='verifier', checker='unit_tests'}"], True),
         ("default", ["label.judge={name='rubric', model='server:s'}", SERVED, "generate.initial_n=1"], False),
+        (
+            "default",  # a user's function may count on the main thread
+            [
+                SERVED,
+                "label.judge={name='ensemble', judges=[{name='rubric', model='server:s'},"
+                " {name='verifier', checker='python', function='os.path:samefile'}]}",
+            ],
+            False,
+        ),
         ("synpo", ["label.judge={name='rubric', model='server:s'}", SERVED], True),
         (
             "default",

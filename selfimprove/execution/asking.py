@@ -23,7 +23,7 @@ def ask(
 ) -> Iterator[Any]:
     """The answer to each row, in order; what was answered before a kill is not asked again.
 
-    No more rows are held than are under way. The answer to a row that ends the engine is shard.Lost.
+    No more rows are held than are under way or made ready. The answer to a row that ends the engine is shard.Lost.
 
     Args:
         executor: carries out the shards.

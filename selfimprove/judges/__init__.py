@@ -19,7 +19,7 @@ from selfimprove.recipe import Choice
 __all__ = [
     "COMPARERS", "JUDGES", "Candidate", "Comparer", "Judge", "Opinion", "Panel", "Preference",
     "asked", "bind", "bind_comparer", "candidate", "check", "compares", "everyone", "files", "fixed", "identity",
-    "models", "moves", "needs_answer", "templates", "waits",
+    "models", "moves", "needs_answer", "templates", "works_elsewhere",
 ]  # fmt: skip
 
 
@@ -141,14 +141,14 @@ def moves(choice: Choice) -> bool:
     )
 
 
-def waits(choice: Choice) -> bool:
-    """Whether a judge takes none of the devices that the run's own models use, and is long about it all the same.
+def works_elsewhere(choice: Choice) -> bool:
+    """Whether a judge is long about it, and works elsewhere than on the devices of the run's own models.
 
-    That is one that asks servers alone, or runs programs in the sandbox.
+    That is one that asks servers, or runs programs in the sandbox. A user's function may want this process to itself.
     """
+    checkers = [(one.model_extra or {}).get("checker") for one in everyone([choice]) if one.name == "verifier"]
     found = asked([choice])
-    runs_programs = choice.name == "verifier" and (choice.model_extra or {}).get("checker") == "unit_tests"
-    return not found.models and (bool(found.servers) or runs_programs)
+    return not found.models and "python" not in checkers and (bool(found.servers) or "unit_tests" in checkers)
 
 
 def templates(choice: Choice) -> list[str]:

@@ -2,7 +2,7 @@
 
 Each file, and each source within it, goes through the prompts in the same order, so that they are read side by side and
 a window is all that is held. Ids are looked at before; where the orders differ, all answers are held at once. One
-source may still be arriving: what its windows are does not depend on that.
+source may still be arriving.
 """
 
 import itertools
@@ -26,7 +26,7 @@ Group = tuple[str, list[Generation]]  # a prompt and its answers
 
 def window_size(judge: recipe.Choice | None) -> int:
     """Candidates of a window, about."""
-    return SOONER if judge and judges.waits(judge) else CANDIDATES
+    return SOONER if judge and judges.works_elsewhere(judge) else CANDIDATES
 
 
 class Window(NamedTuple):

@@ -46,7 +46,7 @@ class StageIO:
     models: Mapping[str, Path]
     identities: Mapping[str, str]  # of the models, by the same names
     out: Artifact
-    scratch: Path  # of this very artifact; what a killed process left there is this artifact's and no other's
+    scratch: Path  # of this artifact, see run.scratch_of; what a killed process left there is found again
     cache: Path  # reference log-probs of the run, by content
     executor: Executor
     policy: Path  # the run's first; its engine takes the weights of all others

@@ -4,11 +4,13 @@ What a judge that takes long has found of a window is kept until the stage is pu
 asked, so that it is asked once, whoever asks first: the stage, `Ahead`, or a process that was killed since.
 """
 
+import contextlib
 import hashlib
 import itertools
 import queue
 import shutil
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,7 @@ from selfimprove.stages.io import StageIO
 from selfimprove.store import iter_rows
 
 TICK = 0.2  # seconds between two looks at what is awaited
+INSISTS = 5.0  # seconds that a second Ctrl-C waits for what is under way to be booked
 ROWS = 256  # of a file that answers wait in
 AWAITED = "the judge answers what it has been asked"
 
@@ -48,7 +51,7 @@ class Judging:
 
     def __init__(self, io: StageIO, choice: recipe.Choice | None) -> None:
         self._io, self._choice = io, choice
-        self._folder = io.scratch / "judged" if choice and judges.waits(choice) else None
+        self._folder = io.scratch / "judged" if choice and judges.works_elsewhere(choice) else None
         self.earlier = self._scored_before(choice) if choice and not judges.compares(choice) else {}
 
     def find(self, candidates: Sequence[Candidate]) -> Findings:
@@ -57,9 +60,10 @@ class Judging:
             return self._asked(candidates)
         name = hashlib.sha256(msgspec.msgpack.encode(candidates)).hexdigest()[:32]
         path = self._folder / f"{name}.done"
-        if (known := shard.read(path)) is not None:
-            opinions, preferences = msgspec.msgpack.decode(known, type=_KEPT)
-            return Findings(opinions, dict(preferences))
+        with contextlib.suppress(msgspec.DecodeError):  # of another version
+            if (known := shard.read(path)) is not None:
+                opinions, preferences = msgspec.msgpack.decode(known, type=_KEPT)
+                return Findings(opinions, dict(preferences))
         found = self._asked(candidates)
         shard.write(path, msgspec.msgpack.encode([found.opinions, list(found.preferences.items())]))
         return found
@@ -114,7 +118,8 @@ class Ahead:
     """Asks the judge about answers while the others of their round are being written, in a thread of its own.
 
     The stage label, which comes next, finds what is kept. Whatever goes wrong here is met again there, so that it is
-    said in one place. Answers wait in files: neither the writer nor a slower judge holds the other up.
+    said in one place. Answers wait in files: neither the writer nor a slower judge holds the other up. Nothing is begun
+    before the first answer.
 
     Args:
         io: of the stage label; its inputs lack what is being written.
@@ -124,22 +129,21 @@ class Ahead:
     def __init__(self, io: StageIO, section: recipe.Label) -> None:
         self._io, self._section = io, section
         self._folder = io.scratch / "arriving"
-        shutil.rmtree(self._folder, ignore_errors=True)  # of a process that was killed
-        self._folder.mkdir(parents=True)
         self._schema = columns.arrow_schema(Generation)
         self._held: list[Generation] = []
         self._files: queue.SimpleQueue[Path | OSError | None] = queue.SimpleQueue()  # None = no more
         self._count = 0
         self._told = ("judging", 0, 0)
         self._show: Callable[[str, int, int], None] = lambda what, done, total: None
-        self._fault: BaseException | None = None
-        self._stop = Interrupts(lambda: None)
+        self._stop, self._insists = Interrupts(lambda: None), False
         io.progress = self._progress
         self._thread = threading.Thread(target=self._work, name="judging ahead", daemon=True)
-        self._thread.start()
+        self._begun = False
 
     def put(self, row: Generation) -> None:
         """Hand over an answer, in the order in which it is written."""
+        if not self._begun:
+            self._begin()
         self._held.append(row)
         if len(self._held) >= ROWS:
             self._pass_on()
@@ -153,6 +157,8 @@ class Ahead:
         Raises:
             KeyboardInterrupt: the user asked to stop.
         """
+        if not self._begun:
+            return
         self._pass_on()
         self._files.put(None)
         while self._thread.is_alive():
@@ -160,19 +166,37 @@ class Ahead:
             if self._told[2]:
                 io.progress(*self._told)
         interrupts.check()
-        if self._fault:
-            raise self._fault
         self._show = io.progress
         io.judging = self._io.judging
 
     def stop(self) -> None:
-        """Ask no more; what is under way is awaited, since it may be paid for, unless the user insists."""
+        """Ask no more; what is under way is awaited, since it may be paid for, unless the user insists.
+
+        Raises:
+            KeyboardInterrupt: the user insists; what was under way is booked as paid.
+        """
         self._stop.pending = True
         self._files.put(None)
         stop = Stop(AWAITED)
-        while self._thread.is_alive():
-            self._thread.join(TICK)
-            stop.due()
+        try:
+            while self._thread.is_alive():
+                self._thread.join(TICK)
+                stop.due()
+        except KeyboardInterrupt:
+            self._insists = True
+            self._thread.join(INSISTS)
+            raise
+
+    def _begin(self) -> None:
+        """Start the thread; here, since what is imported first in two threads at once may be there by half."""
+        self._begun = True
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a process that was killed
+        try:
+            self._folder.mkdir(parents=True)
+            self._io.chat  # noqa: B018
+        except (UserError, OSError):
+            return
+        self._thread.start()
 
     def _pass_on(self) -> None:
         import pyarrow.parquet as pq
@@ -188,6 +212,8 @@ class Ahead:
         self._held = []
 
     def _progress(self, what: str, done: int, total: int) -> None:
+        if self._insists:
+            raise KeyboardInterrupt
         self._told = (what, done, total)
         self._show(what, done, total)
 
@@ -205,8 +231,10 @@ class Ahead:
                 self._judge()
         except (KeyboardInterrupt, UserError, OSError, OtherOrder):
             pass  # the stage itself meets it again, or is not made
-        except BaseException as error:
-            self._fault = error
+        except Exception:
+            self._io.logs.mkdir(parents=True, exist_ok=True)
+            with (self._io.logs / "judging.log").open("a", encoding="utf-8") as log:
+                traceback.print_exc(file=log)
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
