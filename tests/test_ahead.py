@@ -308,9 +308,9 @@ def test_kept_findings_are_read_and_damaged_ones_asked_for_again(tmp_path, monke
         return [judges.Opinion(float(len(c.text)), "long", "words") for c in candidates]
 
     monkeypatch.setattr(judges, "bind", lambda choice: judge)
-    io = type("IO", (), {"scratch": tmp_path, "inputs": {}, "judging": None})
+    io = SimpleNamespace(scratch=tmp_path, inputs={}, judging=SimpleNamespace(), progress=None)
     some = [judges.Candidate("p", "say", "current", k, "x" * k, [1], "stop", None) for k in range(3)]
-    bench = judging.Judging(io, recipe.Choice(name="verifier", checker="unit_tests"))
+    bench = judging.Judging(io, recipe.Choice(name="verifier", checker="unit_tests"), lambda: 5)
     found = bench.find(some)
     assert bench.find(some) == found
     assert asked == [3]
@@ -320,6 +320,29 @@ def test_kept_findings_are_read_and_damaged_ones_asked_for_again(tmp_path, monke
         path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     assert bench.find(some) == found
     assert asked == [3, 2, 3]
+
+
+def test_progress_is_that_of_all_windows(monkeypatch, tmp_path):
+    told = []
+    io = SimpleNamespace(
+        scratch=tmp_path, inputs={}, judging=SimpleNamespace(), progress=lambda *what: told.append(what)
+    )
+
+    def judge(candidates, panel):
+        for done in range(0, 11, 5):
+            panel.progress("judging ($0.10)", done, 10)  # questions, which may be more than answers
+        return [judges.Opinion(1.0)] * len(candidates)
+
+    monkeypatch.setattr(judges, "bind", lambda choice: judge)
+    bench = judging.Judging(io, recipe.Choice(name="length"), lambda: 7)
+    some = [judges.Candidate("p", "say", "current", k, "x", [1], "stop", None) for k in range(4)]
+    for window in (some, some):
+        bench.find(window)
+    io.judging.progress("again", 1, 2)
+    costs = "judging ($0.10)"
+    assert told == [
+        (costs, 0, 7), (costs, 2, 7), (costs, 4, 7), (costs, 4, 8), (costs, 6, 8), (costs, 8, 8), ("again", 1, 2)
+    ]  # fmt: skip
 
 
 def test_rows_in_another_order_are_left_to_label(tmp_path):

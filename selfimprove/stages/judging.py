@@ -47,15 +47,26 @@ class Judging:
     Args:
         io: of the stage label.
         choice: the judge; None = none is asked.
+        total: candidates of all windows, as far as is known by now; for progress.
     """
 
-    def __init__(self, io: StageIO, choice: recipe.Choice | None) -> None:
-        self._io, self._choice = io, choice
+    def __init__(self, io: StageIO, choice: recipe.Choice | None, total: Callable[[], int]) -> None:
+        self._io, self._choice, self._total = io, choice, total
+        self._before = self._window = 0  # candidates of earlier windows, and of the one under way
+        if choice:
+            io.judging.progress = self._progress
         self._folder = io.scratch / "judged" if choice and judges.works_elsewhere(choice) else None
         self.earlier = self._scored_before(choice) if choice and not judges.compares(choice) else {}
 
     def find(self, candidates: Sequence[Candidate]) -> Findings:
         """What the judge finds of candidates, those of a prompt side by side; asked for where it is not known."""
+        self._window = len(candidates)
+        try:
+            return self._found(candidates)
+        finally:
+            self._before, self._window = self._before + self._window, 0
+
+    def _found(self, candidates: Sequence[Candidate]) -> Findings:
         if self._folder is None:
             return self._asked(candidates)
         name = hashlib.sha256(msgspec.msgpack.encode(candidates)).hexdigest()[:32]
@@ -67,6 +78,13 @@ class Judging:
         found = self._asked(candidates)
         shard.write(path, msgspec.msgpack.encode([found.opinions, list(found.preferences.items())]))
         return found
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        """What is done of a window, as a part of all."""
+        if self._window:
+            done = self._before + self._window * done // max(1, total)
+            total = max(self._total(), self._before + self._window)
+        self._io.progress(what, done, total)
 
     def _asked(self, candidates: Sequence[Candidate]) -> Findings:
         if self._choice is None:
@@ -132,7 +150,7 @@ class Ahead:
         self._schema = columns.arrow_schema(Generation)
         self._held: list[Generation] = []
         self._files: queue.SimpleQueue[Path | OSError | None] = queue.SimpleQueue()  # None = no more
-        self._count = 0
+        self._count = self._rows = 0  # files, and rows that were handed over
         self._told = ("judging", 0, 0)
         self._show: Callable[[str, int, int], None] = lambda what, done, total: None
         self._stop, self._insists = Interrupts(lambda: None), False
@@ -204,6 +222,7 @@ class Ahead:
         if self._held and self._thread.is_alive():
             path = self._folder / f"{self._count}.parquet"
             self._count += 1
+            self._rows += len(self._held)
             try:
                 pq.write_table(columns.table(self._held, self._schema), path)
                 self._files.put(path)
@@ -245,6 +264,6 @@ class Ahead:
         answers = Answers(tables, golds, None, io.chat.completion_ids, window_size(section.judge))
         if not answers.aligned:
             return
-        judging = Judging(io, section.judge)
+        judging = Judging(io, section.judge, lambda: self._rows)
         for window in answers.windows(self._arriving()):
             judging.find(window.candidates)

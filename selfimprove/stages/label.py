@@ -92,7 +92,7 @@ def run(io: StageIO, section: recipe.Label) -> None:
                 if flips:
                     flips.extend(turned)
             io.out.metrics |= {"pairs relabelled": pairs.rows, "relabelled flips": flips.rows if flips else 0}
-        labels = stack.enter_context(Labels(io, section))
+        labels = stack.enter_context(Labels(io, section, answers.candidates))
         for pair in _pairs(io, section, rule, answers, labels, golds):
             pairs.add(pair)
             if flips:

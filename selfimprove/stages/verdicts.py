@@ -10,11 +10,17 @@ from selfimprove.stages.judging import Findings, Judging
 
 
 class Labels:
-    """The judge at work: what it finds is written as verdicts, and as comparisons where it compares."""
+    """The judge at work: what it finds is written as verdicts, and as comparisons where it compares.
 
-    def __init__(self, io: StageIO, section: recipe.Label) -> None:
+    Args:
+        io: of the stage label.
+        section: the recipe's [label].
+        candidates: that will be judged, in all.
+    """
+
+    def __init__(self, io: StageIO, section: recipe.Label, candidates: int) -> None:
         self._io, self._identity = io, judges.identity(section.judge)
-        self._judging = Judging(io, section.judge)
+        self._judging = Judging(io, section.judge, lambda: candidates)
         self._verdicts = io.out.writer("verdicts", Verdict)
         self._comparisons: columns.Writer[Comparison] | None = None
         self.number = self.known = self.prompts = 0
