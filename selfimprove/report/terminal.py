@@ -16,6 +16,7 @@ from selfimprove.store import Manifest
 from selfimprove.study import Ended, Planned
 
 MOST_BENCHMARKS = 3  # that fit into 80 columns beside one another
+WIDE = 110  # columns for a bar with the last score beside it
 STATES = {"done": "green", "running": "cyan", "failed": "red", "stale": "yellow", "missing": "dim"}
 
 
@@ -30,14 +31,15 @@ class Watcher:
         self._first: dict[str, tuple[float, int]] = {}  # when a count was first told, and what it was
         self._said: dict[str, float] = {}
         self._tasks: dict[str, Any] = {}
+        wide = console.width >= WIDE
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if wide else 6),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[score]}", style="dim"),
+            TimeRemainingColumn(compact=True),
+            *([TextColumn("{task.fields[score]}", style="dim")] if wide else []),
             console=console,
             transient=True,
             disable=not console.is_terminal,
