@@ -424,7 +424,7 @@ class Server(Section):
     attempts: int = Field(6, ge=1)
     input_price: float = Field(0.0, ge=0)  # USD per million tokens
     output_price: float = Field(0.0, ge=0)
-    ceiling_usd: float | None = Field(None, gt=0)  # of a stage; it stops there, to be resumed
+    ceiling_usd: float | None = Field(None, gt=0)  # of a stage, for this server; it stops there, to be resumed
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -144,9 +144,9 @@ def test_a_writer_that_fails_leaves_what_was_judged(error, small, puts, server, 
     puts[HELD] = fail
     if isinstance(error, Failed):
         with pytest.raises(Failed):
-            selfimprove(*command("default", "r", server))
+            selfimprove(*command("default", "r", server, price=10.0))
     else:
-        assert selfimprove(*command("default", "r", server)).code != 0
+        assert selfimprove(*command("default", "r", server, price=10.0)).code != 0
     assert server.busy == 0, "what was under way was not awaited"
     judged = sum(server.answered.values())
     assert judged
@@ -156,9 +156,16 @@ def test_a_writer_that_fails_leaves_what_was_judged(error, small, puts, server, 
     assert max(server.answered.values()) == 1
     assert sum(server.answered.values()) > judged
     asked_after_all(monkeypatch)
-    assert selfimprove(*command("default", "after", server)).code == 0
-    untold = {stage: (key, files, rows, score) for stage, (key, files, rows, _, score) in made("r").items()}
-    assert untold == {stage: (key, files, rows, score) for stage, (key, files, rows, _, score) in made("after").items()}
+    assert selfimprove(*command("default", "after", server, price=10.0)).code == 0
+    found, expected = made("r"), made("after")
+    usd = []
+    for each in (found, expected):
+        *others, costs, score = each["3-label"]
+        usd.append(costs["usd"])
+        each["3-label"] = (*others, score)
+    assert found == expected
+    assert usd[0] == pytest.approx(usd[1])
+    assert usd[0] > 0
 
 
 def test_what_the_judge_meets_is_said_by_label_when_all_is_written(small, puts, server):

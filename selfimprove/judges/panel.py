@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ class Models:
     logs: Path
     scratch: Path
     cache: Path
-    account: str  # under which servers' prices are counted towards their ceilings
+    account: str  # under which each server's prices are counted towards its ceiling
     progress: Callable[[str, int, int], None]
     opinions: Mapping[tuple[str, str, int], Opinion] = field(default_factory=dict)
     tokens: int = 0  # written by local models
@@ -158,9 +158,16 @@ class Models:
 
         name = model.removeprefix(SERVER)
         if name not in self._clients:
-            journal = Journal(self.cache / "servers.sqlite")
-            self._clients[name] = Client(name, self.servers[name], journal, self.progress, self.account)
+            journal = Journal(self._journal)
+            self._clients[name] = Client(name, self.servers[name], journal, self.progress, self._account(name))
         return self._clients[name]
+
+    @property
+    def _journal(self) -> Path:
+        return self.cache / "servers.sqlite"
+
+    def _account(self, server: str) -> str:
+        return f"{self.account}/{server}"
 
     @cached_property
     def _clients(self) -> dict[str, "Client"]:
@@ -168,8 +175,18 @@ class Models:
 
     @property
     def spent(self) -> dict[str, "Spent"]:
-        """What each server was asked and what it cost."""
-        return {name: client.spent for name, client in self._clients.items()}
+        """What each server was asked by this process, and what the stage has paid for it, in earlier processes too."""
+        from selfimprove.judges.purse import Spent
+
+        if not self._journal.exists():
+            return {}
+        found, journal = {}, Journal(self._journal)
+        for name in self.servers:
+            paid, client = journal.paid(self._account(name)), self._clients.get(name)
+            if client or paid:
+                found[name] = replace(client.spent if client else Spent(), usd=paid)
+        journal.close()
+        return found
 
     def _chat(self, model: str) -> tuple[Chat, int]:
         """A model's chat, and the tokens that its context holds."""
