@@ -16,9 +16,10 @@ from typing import Any
 
 from selfimprove import data, recipe
 from selfimprove.chat import Chat
+from selfimprove.columns import batched
 from selfimprove.engine.protocol import Completion, Request, Sampling
 from selfimprove.execution import ask
-from selfimprove.stages.io import Ask, StageIO
+from selfimprove.stages.io import TOKENIZED, Ask, StageIO
 from tests.executing import MODEL, inline, work
 
 WRITTEN = 24  # tokens of a completion
@@ -90,7 +91,14 @@ def measure(rows: int) -> dict[str, tuple[float, float]]:
             "complete",
             lambda: drain(io.complete("", MODEL, asks, 1, recipe.Sampling(max_tokens=WRITTEN), "current")),
         )
-        timed("tokenizer", lambda: [(chat.prompt_ids(a.text), chat.text(engine.answer[0].token_ids)) for a in asks])
+        written = engine.answer[0].token_ids
+        timed(
+            "tokenizer",
+            lambda: [
+                (chat.prompt_ids_of((one.text, ()) for one in some), chat.texts([written] * len(some)))
+                for some in batched(asks, TOKENIZED)
+            ],
+        )
     return found
 
 
