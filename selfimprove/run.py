@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from selfimprove import boundary, collected, disk, estimates, judges, receipts, recipe_file
+from selfimprove import boundary, collected, disk, estimates, receipts, recipe_file
 from selfimprove.errors import UsageError, UserError
 from selfimprove.execution import Executors, ranks
 from selfimprove.interrupts import Interrupts
@@ -38,12 +38,12 @@ from selfimprove.plan import (
     upstream,
 )
 from selfimprove.preflight import check
-from selfimprove.recipe import Generate, Improve, Label, Recipe
+from selfimprove.recipe import Label, Recipe
 from selfimprove.remote import mirror
 from selfimprove.remote.behind import Behind
 from selfimprove.remote.mirror import Mirror
+from selfimprove.stages.ahead import Ahead, can_begin
 from selfimprove.stages.io import StageIO
-from selfimprove.stages.judging import Ahead
 from selfimprove.status import read_scores, standing
 from selfimprove.store import Artifact, Manifest, Run, key_of, missing_outputs, read_manifest, write_atomically
 
@@ -243,7 +243,7 @@ def iterate(
                     disk.check(run.path, takes.disk_bytes, step.directory)
                     run.write_state("running", step.iteration, step.name)
                     following = todo[number].step if number < len(todo) else None
-                    if following and begins_before(step, following):
+                    if following and can_begin(step.section, following.section):
                         ahead = opened.enter_context(_ahead(run, chosen, following, executors))
                     manifest = execute(run, chosen, step, executors, siblings, display, receipt, ahead)
                     if isinstance(step.section, Label) and ahead:
@@ -359,20 +359,6 @@ def scratch_of(run: Run, step: Step, seen: dict[str, Any], sources: Sources) -> 
         written = [name for name in ("generations", "refinements") if name in step.inputs]
         seen = seen | {"inputs": seen["inputs"] | {name: sources.key(step.inputs[name]) for name in written}}
     return run.path / "scratch" / key_of(seen)[:32]
-
-
-def begins_before(step: Step, following: Step) -> bool:
-    """Whether the answers that a stage writes can be judged, by label which follows, while it writes them.
-
-    The judge may not need the devices that write, and a prompt's answers have to come together.
-    """
-    if not isinstance(following.section, Label):
-        return False
-    writes, judge = step.section, following.section.judge
-    by_prompt = isinstance(writes, Improve)
-    if isinstance(writes, Generate):
-        by_prompt = not (writes.n and writes.initial_n) and not writes.splice
-    return by_prompt and judge is not None and judges.works_elsewhere(judge) and not following.section.acquire
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from selfimprove.errors import UserError
 from selfimprove.execution import shard
 from selfimprove.plan import find_step, steps
 from selfimprove.records import Generation
-from selfimprove.stages import answers, judging
+from selfimprove.stages import ahead, answers, judging
 from tests.conftest import QUICK, selfimprove
 from tests.judges.misbehaving import Server
 
@@ -31,24 +31,22 @@ ARMS = {
 
 @pytest.fixture
 def server():
-    made = Server(lambda handler, asked, number: handler.answer(asked, message={"content": mark(asked)}))
-    yield made
-    made.shutdown()
-    made.server_close()
+    with Server(lambda handler, asked, number: handler.answer(asked, message={"content": mark(asked)})) as server:
+        yield server
 
 
 @pytest.fixture
 def small(monkeypatch, cut_data):
     """A few answers make a window, and fewer a file."""
     monkeypatch.setattr(answers, "SOONER", 32)
-    monkeypatch.setattr(judging, "ROWS", 8)
+    monkeypatch.setattr(ahead, "ROWS", 8)
     monkeypatch.setattr(shard, "SMALLEST", 8)
 
 
 @pytest.fixture
 def puts(monkeypatch):
     """What is done after so many answers have been handed over."""
-    after, put = {}, judging.Ahead.put
+    after, put = {}, ahead.Ahead.put
     count = Counter()
 
     def counted(self, row):
@@ -57,7 +55,7 @@ def puts(monkeypatch):
         if count[self] in after:
             after[count[self]]()
 
-    monkeypatch.setattr(judging.Ahead, "put", counted)
+    monkeypatch.setattr(ahead.Ahead, "put", counted)
     return after
 
 
@@ -98,7 +96,7 @@ def until(condition):
 
 def asked_after_all(monkeypatch):
     """The way without it: the stage label asks when all is written."""
-    monkeypatch.setattr(run, "begins_before", lambda step, following: False)
+    monkeypatch.setattr(run, "can_begin", lambda writing, label: False)
 
 
 PAIRWISE = {"name": "pairwise", "max_tokens": 8}
@@ -204,15 +202,15 @@ def test_a_disk_that_is_full_for_waiting_answers_does_not_stop_the_writer(small,
 
 
 def test_an_interrupt_while_label_waits_ends_the_run_and_loses_nothing(small, puts, server, monkeypatch):
-    finish = judging.Ahead.finish
+    finish = ahead.Ahead.finish
 
     def interrupted(self, io):
         until(lambda: server.asked)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(judging.Ahead, "finish", interrupted)
+    monkeypatch.setattr(ahead.Ahead, "finish", interrupted)
     assert selfimprove(*command("default", "r", server)).code == 130
-    monkeypatch.setattr(judging.Ahead, "finish", finish)
+    monkeypatch.setattr(ahead.Ahead, "finish", finish)
     assert selfimprove("resume", "r").code == 0
     assert max(server.answered.values()) == 1
 
@@ -228,7 +226,7 @@ def test_a_process_that_begins_with_generate_imports_nothing_twice_at_once(small
         check=False,
     )
     assert said.returncode == 0, said.stderr
-    assert not Path("runs/r/logs/judging.log").exists()
+    assert "Traceback" not in said.stderr
     assert max(server.answered.values()) == 1
 
 
@@ -241,14 +239,14 @@ def test_a_second_wish_to_stop_is_not_deaf_to_what_is_under_way(small, puts, ser
         raise KeyboardInterrupt
 
     puts[HELD] = insist
-    stop = judging.Stop
+    stop = ahead.Stop
 
     class Impatient(stop):
         def due(self):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "Stop", Impatient)
+        patch.setattr(ahead, "Stop", Impatient)
         assert selfimprove(*command("default", "r", server, price=1000.0)).code == 130
     with contextlib.closing(sqlite3.connect("runs/r/cache/servers.sqlite")) as journal:
         [(paid,)] = journal.execute("SELECT sum(usd) FROM accounts").fetchall()
@@ -257,9 +255,9 @@ def test_a_second_wish_to_stop_is_not_deaf_to_what_is_under_way(small, puts, ser
 
 def test_a_writer_whose_artifact_is_another_run_s_begins_no_judge(tmp_path):
     io = SimpleNamespace(scratch=tmp_path / "scratch", logs=tmp_path, progress=None)
-    ahead = judging.Ahead(io, recipe.Label(pairing={"name": "best_vs_worst"}))
-    ahead.finish(SimpleNamespace(progress=None))
-    ahead.stop()
+    early = ahead.Ahead(io, recipe.Label(pairing={"name": "best_vs_worst"}))
+    early.finish(SimpleNamespace(progress=None))
+    early.stop()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,7 +266,7 @@ def begins(name, *settings):
     every = list(steps(chosen))
     step = find_step(chosen, "1/label")
     before = every[[one.directory for one in every].index(step.directory) - 1]
-    return run.begins_before(before, step)
+    return ahead.can_begin(before.section, step.section)
 
 
 SERVED = "servers.s={url='http://127.0.0.1:1/v1', model='m'}"

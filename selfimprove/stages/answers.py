@@ -11,9 +11,10 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import NamedTuple
 
-from selfimprove import judges, recipe
+from selfimprove import data, judges, recipe
 from selfimprove.judges import Candidate
 from selfimprove.records import Generation, Seed
+from selfimprove.stages.io import StageIO
 from selfimprove.stages.pairs import candidates
 from selfimprove.store import iter_columns, iter_rows
 
@@ -22,11 +23,6 @@ SOONER = 512  # of a window: for judges that can begin while answers are being w
 TOKENS = 4_000_000  # of a window's answers
 STREAMS = 16  # read side by side
 Group = tuple[str, list[Generation]]  # a prompt and its answers
-
-
-def window_size(judge: recipe.Choice | None) -> int:
-    """Candidates of a window, about."""
-    return SOONER if judge and judges.works_elsewhere(judge) else CANDIDATES
 
 
 class Window(NamedTuple):
@@ -73,7 +69,7 @@ class Answers:
         completion_ids: Callable[[str, str], list[int]],
         size: int,
     ) -> None:
-        self._tables, self._golds, self._worth, self._completion_ids = tables, golds, worth, completion_ids
+        self._tables, self.golds, self._worth, self._completion_ids = tables, golds, worth, completion_ids
         self._size = size
         self._streams = list(_streams(tables))
         self.aligned = len(self._streams) <= STREAMS and _aligned([stream.hashes for stream in self._streams])
@@ -98,7 +94,7 @@ class Answers:
                 known.add(prompt_id)
             if first:
                 self.prompts += 1
-                self.candidates += prompt_id in self._golds
+                self.candidates += prompt_id in self.golds
 
     def windows(self, arriving: Iterable[Generation] = ()) -> Iterator[Window]:
         """All answers in order, the prompts in that of their first answers.
@@ -121,7 +117,7 @@ class Answers:
             yield self._window(rows)
 
     def _window(self, rows: Iterable[Generation]) -> Window:
-        found, prompt_ids = candidates(rows, self._golds, self._completion_ids)
+        found, prompt_ids = candidates(rows, self.golds, self._completion_ids)
         return Window([c for c in found if self._worth is None or c.prompt_id in self._worth], prompt_ids)
 
     def _side_by_side(self, arriving: Iterable[Generation]) -> Iterator[Group]:
@@ -142,6 +138,14 @@ class Answers:
             for row in iter_rows(directory, name, Generation):
                 by_prompt.setdefault(row.prompt_id, []).append(row)
         yield from by_prompt.items()
+
+
+def of_round(io: StageIO, judge: recipe.Choice | None, worth: Container[str] | None) -> Answers:
+    """The answers that the stage label is given, as far as they are there, with the golds."""
+    seeds = data.read_seeds(io.inputs["seeds"]) if "seeds" in io.inputs else []
+    tables = [(io.inputs[name], name) for name in ("generations", "refinements") if name in io.inputs]
+    size = SOONER if judge and judges.works_elsewhere(judge) else CANDIDATES
+    return Answers(tables, {seed.prompt_id: seed for seed in seeds}, worth, io.chat.completion_ids, size)
 
 
 def _groups(rows: Iterable[Generation]) -> Iterator[Group]:

@@ -5,7 +5,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from selfimprove import columns, data, judges, recipe
@@ -14,7 +14,7 @@ from selfimprove.judges import Candidate
 from selfimprove.judges.pairing import RULES, Rule
 from selfimprove.records import Flip, Pair, Seed
 from selfimprove.stages.acquire import acquired
-from selfimprove.stages.answers import CANDIDATES, Answers, window_size
+from selfimprove.stages.answers import CANDIDATES, Answers, of_round
 from selfimprove.stages.io import StageIO
 from selfimprove.stages.judge_audit import RoundAudit
 from selfimprove.stages.pairs import flips as flips_of
@@ -78,10 +78,8 @@ def _asked(section: recipe.Label) -> judges.Asked:
 def run(io: StageIO, section: recipe.Label) -> None:
     """Write verdicts-*.parquet, comparisons-*.parquet where the judge compares, pairs-*.parquet and flips-*.parquet."""
     rule = check(section)
-    golds = {seed.prompt_id: seed for seed in _seeds(io)}
     worth = acquired(io, section.acquire) if section.acquire else None
-    tables = [(io.inputs[name], name) for name in ("generations", "refinements") if name in io.inputs]
-    answers = Answers(tables, golds, worth, io.chat.completion_ids, window_size(section.judge))
+    answers = of_round(io, section.judge, worth)
     writes_flips = section.pairing.name == "dynamic" or bool(section.relabel)
     with contextlib.ExitStack() as stack:
         pairs = stack.enter_context(io.out.writer("pairs", Pair))
@@ -93,7 +91,7 @@ def run(io: StageIO, section: recipe.Label) -> None:
                     flips.extend(turned)
             io.out.metrics |= {"pairs relabelled": pairs.rows, "relabelled flips": flips.rows if flips else 0}
         labels = stack.enter_context(Labels(io, section, answers.candidates))
-        for pair in _pairs(io, section, rule, answers, labels, golds):
+        for pair in _pairs(io, section, rule, answers, labels):
             pairs.add(pair)
             if flips:
                 flips.extend(flips_of(section, [pair]))
@@ -113,14 +111,12 @@ def run(io: StageIO, section: recipe.Label) -> None:
         )
 
 
-def _pairs(
-    io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, labels: Labels, golds: Mapping[str, Seed]
-) -> Iterator[Pair]:
+def _pairs(io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, labels: Labels) -> Iterator[Pair]:
     """What the rule proposes and nothing speaks against; prompts without a pair are quarantined with the reason."""
     if section.quota is None:
         last = ""
         with_a_pair = 0
-        for pair in _proposed(io, section, rule, answers, labels, golds):
+        for pair in _proposed(io, section, rule, answers, labels):
             with_a_pair += pair.prompt_id != last
             last = pair.prompt_id
             yield pair
@@ -130,7 +126,7 @@ def _pairs(
     with tempfile.TemporaryDirectory(dir=io.scratch) as folder:  # how many there are decides which of them stay
         prompts = []
         with columns.Writer(lambda shard: Path(folder) / "pairs.parquet", Pair, sys.maxsize) as held:
-            for pair in _proposed(io, section, rule, answers, labels, golds):
+            for pair in _proposed(io, section, rule, answers, labels):
                 prompts.append(pair.prompt_id)
                 held.add(pair)
         places, over = within(prompts, section.quota, random.Random(io.row_seed("quota")))
@@ -146,9 +142,7 @@ def _pairs(
                 place = next(wanted, None)
 
 
-def _proposed(
-    io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, labels: Labels, golds: Mapping[str, Seed]
-) -> Iterator[Pair]:
+def _proposed(io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, labels: Labels) -> Iterator[Pair]:
     """The pairs of all prompts before any quota, a window of prompts judged at a time."""
     audit = RoundAudit(io, section, answers.prompts, answers.candidates) if section.judge else None
     refused: Counter[str] = Counter()
@@ -157,7 +151,9 @@ def _proposed(
         if audit:
             audit.see(window.candidates, found.opinions, found.preferences)
         judged = zip(window.candidates, found.opinions, strict=True)
-        made = paired(section, rule, io.iteration, io.row_seed, judged, found.preferences, window.prompt_ids, golds)
+        made = paired(
+            section, rule, io.iteration, io.row_seed, judged, found.preferences, window.prompt_ids, answers.golds
+        )
         for prompt_id, reason in made.dropped:
             io.out.quarantine(prompt_id, reason)
         refused += made.refused

@@ -11,41 +11,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from selfimprove import recipe_file, run
 from selfimprove.execution import Executors
-from selfimprove.plan import Step
-from selfimprove.store import Manifest, Run
+from selfimprove.store import Run, read_manifest
 from tests.judges.misbehaving import Asked, Handler, Server
-
-
-class Watch:
-    """See run.Display: notes how long each stage takes."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def started(self, step: Step, number: int, total: int) -> None:
-        """The clock starts."""
-        self._began = time.perf_counter()
-
-    def finished(self, step: Step, manifest: Manifest, scores: dict[str, Any] | None) -> None:
-        """The clock stops."""
-        self.seconds[step.directory] = time.perf_counter() - self._began
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Nothing is drawn."""
-
-    def stopping(self) -> None:
-        """Nothing is drawn."""
-
-    def waiting(self, what: str) -> None:
-        """Nothing is drawn."""
 
 
 def measure(prompts: int, server: Server, executors: Executors, name: str) -> tuple[float, float]:
@@ -55,13 +28,14 @@ def measure(prompts: int, server: Server, executors: Executors, name: str) -> tu
         "label.judge={name='rubric', model='server:s', template='demo', max_tokens=8}",
         f"servers.s={{url='{server.url}', model='m'}}",
     ]
-    chosen, watch = recipe_file.load(recipe_file.find("default"), settings), Watch()
-    run.iterate(Run(Path(name)), chosen, watch, [], executors, selection=run.select(chosen, None, "1/label", None))
-    return watch.seconds["iter-001/2-generate"], watch.seconds["iter-001/3-label"]
+    chosen, at = recipe_file.load(recipe_file.find("default"), settings), Run(Path(name))
+    run.iterate(at, chosen, mock.Mock(), [], executors, selection=run.select(chosen, None, "1/label", None))
+    manifests = [read_manifest(at.path / "iter-001" / stage) for stage in ("2-generate", "3-label")]
+    generate, label = (manifest.seconds for manifest in manifests if manifest)
+    return generate, label
 
 
-@contextmanager
-def serving(seconds: float) -> Iterator[Server]:
+def slow(seconds: float) -> Callable[[Handler, Asked, int], None]:
     """A judge that takes so long for a reply."""
 
     def behave(handler: Handler, asked: Asked, number: int) -> None:
@@ -69,12 +43,7 @@ def serving(seconds: float) -> Iterator[Server]:
         score = sum(asked.text.encode()) % 6
         handler.answer(asked, message={"role": "assistant", "content": f"Score: {score}"})
 
-    server = Server(behave)
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    return behave
 
 
 def main() -> None:
@@ -85,13 +54,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     chosen = parser.parse_args()
     ratios = []
-    with tempfile.TemporaryDirectory() as folder, serving(chosen.seconds) as server, Executors() as executors:
+    with tempfile.TemporaryDirectory() as folder, Server(slow(chosen.seconds)) as server, Executors() as executors:
         os.chdir(folder)
         for repeat in range(chosen.repeats):
             took = {}
             for arm in ("ahead", "after"):
                 if arm == "after":
-                    with mock.patch.object(run, "begins_before", return_value=False):
+                    with mock.patch.object(run, "can_begin", return_value=False):
                         took[arm] = measure(chosen.prompts, server, executors, f"{arm}{repeat}")
                 else:
                     took[arm] = measure(chosen.prompts, server, executors, f"{arm}{repeat}")

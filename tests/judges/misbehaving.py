@@ -130,6 +130,10 @@ class Server(ThreadingHTTPServer):
         self.busy = self.busiest = 0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
+    def __exit__(self, *exception: Any) -> None:
+        self.shutdown()
+        super().__exit__(*exception)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"

@@ -45,16 +45,6 @@ def journal(tmp_path):
     return Journal(tmp_path / "cache" / "answers.sqlite")
 
 
-@contextlib.contextmanager
-def serving(behave):
-    server = Server(behave)
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 def well(handler, asked, number):
     handler.answer(asked)
 
@@ -103,7 +93,7 @@ def at_random(seed, share=0.4):
 @pytest.mark.parametrize("seed", range(2))
 def test_every_fault_at_random_loses_nothing_and_repeats_nothing(journal, seed):
     asked, given = questions(200), seeds(200)
-    with serving(at_random(seed)) as server:
+    with Server(at_random(seed)) as server:
         one = client(server, journal, attempts=20, timeout_seconds=PATIENCE)
         assert one.ask(asked, given, 2, 1.0, 8) == expected(asked, given, 2)
         assert len(server.asked) > 280  # it did misbehave
@@ -123,7 +113,7 @@ def test_each_fault_is_survived_and_named_when_it_does_not_end(journal, kind):
         else:
             handler.answer(asked)
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         one = client(server, journal, attempts=3, timeout_seconds=1.0 if kind == "slow" else 5.0)
         assert one.ask([Question("q", "later")], [5], 1, 0.0, 8)[0].texts == (reply("later", 5),)
         with pytest.raises(UserError) as ended:
@@ -139,13 +129,13 @@ def test_each_fault_is_survived_and_named_when_it_does_not_end(journal, kind):
 
 
 def test_a_full_answer_counts_whatever_its_content_type(journal):
-    with serving(lambda h, asked, number: h.say(200, completion(asked), {"Content-Type": "text/plain"})) as server:
+    with Server(lambda h, asked, number: h.say(200, completion(asked), {"Content-Type": "text/plain"})) as server:
         assert client(server, journal).ask(questions(1), [1], 1, 0.0, 8) == expected(questions(1), [1])
         assert len(server.asked) == 1
 
 
 def test_a_server_that_is_not_there_ends_the_stage(journal):
-    with serving(well) as server:
+    with Server(well) as server:
         url = server.url
     gone = Client("gone", recipe.Server(url=url, model="m", attempts=2), journal, lambda *told: None)
     with pytest.raises(UserError, match=r"server 'gone' gave no answer in 2 attempts"):
@@ -163,7 +153,7 @@ def test_a_server_that_is_not_there_ends_the_stage(journal):
     ],
 )
 def test_what_no_attempt_can_mend_ends_at_once(journal, status, error, hint):
-    with serving(lambda handler, asked, number: handler.say(status, {"error": error})) as server:
+    with Server(lambda handler, asked, number: handler.say(status, {"error": error})) as server:
         with pytest.raises(UserError) as ended:
             client(server, journal, concurrency=4).ask(questions(50), seeds(50), 1, 0.0, 8)
         assert error["message"] in ended.value.message
@@ -179,7 +169,7 @@ def test_when_one_request_ends_the_stage_those_under_way_are_kept_and_no_other_b
             time.sleep(0.3)
             handler.answer(asked)
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         one = client(server, journal, concurrency=4)
         with pytest.raises(UserError, match="bad key"):
             one.ask(questions(100), seeds(100), 1, 0.0, 8)
@@ -206,7 +196,7 @@ def test_what_is_about_one_request_leaves_the_others_alone(journal):
             handler.answer(asked)
 
     texts = ["a", *wrong, "filtered", "refused", "b"]
-    with serving(behave) as server:
+    with Server(behave) as server:
         one = client(server, journal)
         found = one.ask([Question(t, t) for t in texts], [1] * len(texts), 2, 0.0, 8)
         assert [bool(replies.texts) for replies in found] == [True, False, False, False, False, False, True]
@@ -218,7 +208,7 @@ def test_what_is_about_one_request_leaves_the_others_alone(journal):
 
 def test_texts_that_are_hard_to_send(journal):
     hard = ["\ud800 alone", "nul \x00 in it", "x" * 100_000, "", "\u2028 \U0001f600 \ufffe"]
-    with serving(well) as server:
+    with Server(well) as server:
         found = client(server, journal).ask([Question(str(i), t) for i, t in enumerate(hard)], [1] * 5, 1, 0.0, 8)
         assert found[0] == Replies((), NOT_UNICODE)
         assert sorted(asked.text for asked in server.asked) == sorted(hard[1:])
@@ -230,7 +220,7 @@ def test_half_a_character_in_a_reply_can_be_written(journal):
     def behave(handler, asked, number):
         handler.answer(asked, message={"content": "ok \ud83d"})
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         [found] = client(server, journal).ask(questions(1), [1], 1, 0.0, 8)
     assert found.texts == ("ok \ufffd",)
 
@@ -266,7 +256,7 @@ def test_a_killed_process_repeats_no_finished_request(tmp_path):
         time.sleep(0.02)
         at_random(7, share=0.2)(handler, asked, number)
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         for _ in range(2):
             goal = len(server.answered) + 60
             process = start(server, path)
@@ -288,7 +278,7 @@ def test_a_killed_process_repeats_no_finished_request(tmp_path):
 
 def test_two_processes_share_a_journal(tmp_path):
     path = tmp_path / "answers.sqlite"
-    with serving(well) as server:
+    with Server(well) as server:
         both = [start(server, path) for _ in range(2)]
         ended = [process.communicate(timeout=60) for process in both]
         assert [process.returncode for process in both] == [0, 0], ended
@@ -312,7 +302,7 @@ def test_an_interrupt_ends_it_within_a_second_and_keeps_what_arrived(journal, st
         if done >= 20 and (not stuck or time.monotonic() - begun > 0.8):
             raise KeyboardInterrupt
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         one = client(server, journal, progress, concurrency=4, timeout_seconds=60.0)
         with pytest.raises(KeyboardInterrupt):
             one.ask(questions(100), seeds(100), 1, 0.0, 8)
@@ -335,10 +325,10 @@ def test_no_more_at_once_and_no_more_a_minute_than_the_recipe_says(journal):
         time.sleep(0.05)
         handler.answer(asked)
 
-    with serving(slowly) as server:
+    with Server(slowly) as server:
         client(server, journal, concurrency=5).ask(questions(40), seeds(40), 1, 0.0, 8)
         assert server.busiest == 5
-    with serving(slowly) as server:
+    with Server(slowly) as server:
         one = client(server, journal, requests_per_minute=1200)
         one.ask(questions(15), seeds(15), 1, 0.0, 8)
         one.ask(questions(15, "other"), seeds(15), 1, 0.0, 8)
@@ -358,14 +348,14 @@ def test_retry_after_is_obeyed_by_all(journal):
             time.sleep(0.05)
             handler.answer(asked)
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         client(server, journal, concurrency=3).ask(questions(12), seeds(12), 1, 0.0, 8)
         early = [asked for asked in server.asked if said[0] + 0.3 < asked.at < said[0] + 0.95]
         assert early == []
         assert server.asked[-1].at > said[0] + 0.95
     ahead = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 7200))
     with (
-        serving(lambda handler, asked, number: handler.say(503, "later", {"Retry-After": ahead})) as server,
+        Server(lambda handler, asked, number: handler.say(503, "later", {"Retry-After": ahead})) as server,
         pytest.raises(UserError, match=r"asks to wait for 7\d\d\d s"),
     ):
         client(server, journal).ask(questions(1, "late"), [1], 1, 0.0, 8)
@@ -377,7 +367,7 @@ PRICE = (PROMPT_TOKENS * 100 + COMPLETION_TOKENS * 1000) / 1e6
 
 def test_what_it_costs_is_counted_and_told(journal):
     told = []
-    with serving(well) as server:
+    with Server(well) as server:
         one = client(server, journal, lambda *what: told.append(what), **PRICES)
         one.ask(questions(10), seeds(10), 3, 1.0, 8)
         spent = one.spent
@@ -410,7 +400,7 @@ def test_what_a_server_does_not_count_is_booked_at_its_worst(journal, kind, book
         else:
             handler.say(200, {**completion(asked), "usage": None})
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         one = client(server, journal, **PRICES, timeout_seconds=1.0)
         one.ask([Question("q", "q" * 44)], [1], 1, 0.0, 8)
     assert one.spent.unmeasured == booked
@@ -422,7 +412,7 @@ def test_the_ceiling_is_never_passed_and_the_stage_goes_on_from_it(journal, misb
     behave = at_random(3, share=0.3) if misbehaving else well
     prices = {**PRICES, "attempts": 20, "timeout_seconds": PATIENCE}
     asked, given = questions(60), seeds(60)
-    with serving(behave) as server:
+    with Server(behave) as server:
         ceiling = 30 * PRICE
         with pytest.raises(UserError, match=r"ceiling of \$0\.3") as ended:
             client(server, journal, account="stage", ceiling_usd=ceiling, **prices).ask(asked, given, 1, 0.0, 8)
@@ -462,7 +452,7 @@ def refuses_n(handler, asked, number):
 @pytest.mark.parametrize("behave", [well, ignores_n, refuses_n])
 def test_n_replies_come_from_any_server_each_asked_once(journal, behave):
     asked, given = questions(20), seeds(20)
-    with serving(behave) as server:
+    with Server(behave) as server:
         one = client(server, journal, concurrency=4)
         assert one.ask(asked, given, 2, 1.0, 8) == expected(asked, given, 2)
         assert one.ask(asked, given, 5, 1.0, 8) == expected(asked, given, 5)
@@ -479,7 +469,7 @@ def test_the_request_is_what_the_recipe_says_and_nothing_from_the_environment(jo
     monkeypatch.setenv("OPENAI_PROJECT_ID", "not-this")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Custom: not-this")
     schema = {"type": "object", "properties": {"score": {"type": "number"}}}
-    with serving(well) as server:
+    with Server(well) as server:
         client(server, journal).ask([Question("q", "hi")], [7], 1, 0.5, 9, schema)
         client(server, journal, structured_output=True).ask([Question("q", "hi")], [7], 1, 0.5, 9, schema)
         plain, shaped = server.asked
@@ -493,7 +483,7 @@ def test_the_request_is_what_the_recipe_says_and_nothing_from_the_environment(jo
 
 def test_everything_that_an_answer_depends_on_makes_another_request(journal):
     schema = {"type": "object"}
-    with serving(well) as server, serving(well) as elsewhere:
+    with Server(well) as server, Server(well) as elsewhere:
         one = client(server, journal)
         base = ([Question("q", "hi")], [7], 1, 0.5, 9)
         for _ in range(2):
@@ -521,7 +511,7 @@ def test_a_server_that_wants_max_completion_tokens_gets_it(journal):
         else:
             handler.answer(asked)
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         assert client(server, journal).ask(questions(20), seeds(20), 2, 0.0, 8) == expected(questions(20), seeds(20), 2)
         assert server.asked[-1].body["max_completion_tokens"] == 8
         assert server.asked[-1].n == 2
@@ -542,7 +532,7 @@ def test_the_options_share_the_probability_of_the_first_token(journal):
         else:
             handler.answer(asked, **logprobs(tops[asked.text]))
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         one = client(server, journal, concurrency=2)
         both, other, none, nothing = one.choose([Question(t, t) for t in tops], ("A", "B"))
         a, b = 2.718281828**-1 + 2.718281828**-3, 2.718281828**-2
@@ -554,7 +544,7 @@ def test_the_options_share_the_probability_of_the_first_token(journal):
 
 @pytest.mark.parametrize("parts", [{}, {"logprobs": None}, {"logprobs": {"content": [{"token": "A", "logprob": 0.0}]}}])
 def test_a_server_without_logprobs_is_told_apart(journal, parts):
-    with serving(lambda handler, asked, number: handler.answer(asked, **parts)) as server:
+    with Server(lambda handler, asked, number: handler.answer(asked, **parts)) as server:
         with pytest.raises(UserError, match="no log-probs") as ended:
             client(server, journal, concurrency=2).choose(questions(10), ("A", "B"))
         assert "read = 'reply'" in ended.value.hint
@@ -577,7 +567,7 @@ def test_the_key_is_sent_and_written_nowhere(journal, tmp_path, monkeypatch, cap
         else:
             handler.say(500, f"{SECRET} broke me")
 
-    with serving(behave) as server:
+    with Server(behave) as server:
         one = client(server, journal, **settings)
         with pytest.raises(UserError, match="JUDGE_KEY"):
             one.ask([Question("q", "echo")], [1], 1, 0.0, 8)
