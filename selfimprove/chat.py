@@ -127,6 +127,8 @@ class Chat:
         marked = [self._masked(turns) for turns in dialogues]
         try:
             with _at_most(SECONDS):
+                if isinstance(self.tokenizer.chat_template, str):
+                    _globals_to_dict(self.tokenizer.chat_template)
                 texts: list[str] = self.tokenizer.apply_chat_template(
                     [masked for _, masked in marked], add_generation_prompt=add_generation_prompt, tokenize=False
                 )
@@ -149,7 +151,10 @@ class Chat:
     def _encoded(self, dialogues: Sequence[list[str]]) -> list[list[int]]:
         """The ids of dialogues that are given in pieces."""
         pieces = iter(self._codec.encode_many([piece for pieces in dialogues for piece in pieces]))
-        found = [[token for _ in dialogue for token in next(pieces)] for dialogue in dialogues]
+        found = [
+            next(pieces) if len(dialogue) == 1 else [token for _ in dialogue for token in next(pieces)]
+            for dialogue in dialogues
+        ]
         bos = self._bos
         if bos is not None and any(ids.count(bos) > 1 for ids in found):
             raise UserError("the chat template adds a second BOS token", "remove one from the template or tokenizer")
@@ -186,6 +191,19 @@ def _control_strings(tokenizer: Any) -> list[str]:
 def _halves(control: str) -> list[str]:
     """A control string in two parts, neither of which is one: encoded apart, they are ordinary tokens."""
     return [control[:1], control[1:]]
+
+
+@cache
+def _globals_to_dict(template: str) -> None:
+    """Each rendering copies a template's globals; as the ChainMap that jinja2 makes of them that is half of its time.
+
+    transformers keeps what it has compiled, and has no public way to it; where there is none, nothing is changed.
+    """
+    from transformers.utils import chat_template_utils
+
+    if compile_once := getattr(chat_template_utils, "_compile_jinja_template", None):
+        compiled = compile_once(template)
+        compiled.globals = dict(compiled.globals)
 
 
 _SAVE_TOKENIZER = "save the tokenizer beside the weights: tokenizer.save_pretrained(DIRECTORY)"

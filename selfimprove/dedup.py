@@ -20,6 +20,7 @@ PERMUTATIONS = 256  # of MinHash: the estimate of a similarity s has a standard 
 SEED = 1  # of the permutations; another one would judge border cases otherwise
 RECALL = 0.999  # share of the pairs at the threshold that the hashing shows
 BATCH = 1_024  # prompts sketched at a time
+TOGETHER = 16  # prompts whose permuted values stay in the processor's cache
 
 
 class Seen:
@@ -74,15 +75,16 @@ class Seen:
         import numpy as np
 
         grams = [_shingles(text) for text in folded]
-        hashed = b"".join(hashlib.sha1(gram.encode()).digest()[:4] for own in grams for gram in own)
+        hashed = b"".join([hashlib.sha1(gram.encode()).digest()[:4] for own in grams for gram in own])
         values = sketches.mixed(np.frombuffer(hashed, "<u4"))
         starts = np.cumsum([0, *map(len, grams)])
         factors, offsets = self._permutations
         made = np.empty((len(folded), PERMUTATIONS), np.uint32)
-        for k in range(0, len(folded), 64):  # permuted values stay in the processor's cache
-            some = starts[k : k + 65]
-            permuted = values[some[0] : some[-1], None] * factors + offsets
-            np.minimum.reduceat(permuted, some[:-1] - some[0], out=made[k : k + 64])
+        for k in range(0, len(folded), TOGETHER):
+            some = starts[k : k + TOGETHER + 1]
+            permuted = values[some[0] : some[-1], None] * factors
+            permuted += offsets
+            np.minimum.reduceat(permuted, some[:-1] - some[0], out=made[k : k + TOGETHER])
         return made
 
 

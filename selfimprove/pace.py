@@ -12,7 +12,7 @@ from selfimprove import receipts
 from selfimprove.bounds import Rules
 from selfimprove.errors import UserError
 from selfimprove.estimates import Estimate
-from selfimprove.execution.shard import WINDOW, size_for
+from selfimprove.execution.shard import size_for, windows
 from selfimprove.machine_file import Hardware
 from selfimprove.plan import Examined, Step
 from selfimprove.recipe import Machine
@@ -39,8 +39,13 @@ class Time(NamedTuple):
 
 def shards(requests: int) -> int:
     """The shards that the requests of one call are cut into, whatever the number of workers."""
-    windows, rest = divmod(requests, WINDOW)
-    return sum(math.ceil(rows / size_for(rows)) for rows in [WINDOW] * windows + [rest])
+    number = 0
+    for size in windows():
+        if not (rows := min(size, requests)):
+            break
+        number += math.ceil(rows / size_for(rows))
+        requests -= rows
+    return number
 
 
 def processes(machine: Machine | Mapping[str, Any]) -> int:

@@ -47,7 +47,7 @@ from selfimprove.stages.io import StageIO
 from selfimprove.status import read_scores, standing
 from selfimprove.store import Artifact, Manifest, Run, key_of, missing_outputs, read_manifest, write_atomically
 
-CYCLES = 50_000  # objects more than before, after which Python looks for cycles in a stage
+CYCLES = 200_000  # objects more than before, after which Python looks for cycles in a stage
 
 
 class Display(Protocol):

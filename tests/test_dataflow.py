@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from selfimprove import columns, dedup
-from selfimprove.execution import asking
+from selfimprove.execution import shard
 from selfimprove.records import Generation, Pair, Prompt, Verdict
 from selfimprove.stages import answers
 from selfimprove.store import read_rows
@@ -24,7 +24,7 @@ TABLES = {
 
 
 def small_windows(monkeypatch):
-    monkeypatch.setattr(asking, "WINDOW", 512)
+    monkeypatch.setattr(shard, "WINDOW", 512)
     monkeypatch.setattr(answers, "CANDIDATES", 512)
     monkeypatch.setattr(columns, "GROUP_ROWS", 256)
     monkeypatch.setattr(dedup, "BATCH", 256)

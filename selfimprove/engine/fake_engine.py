@@ -24,6 +24,7 @@ class FakeEngine:
     """See protocol.Engine; `model` gives only the tokenizer."""
 
     def __init__(self, model: Path) -> None:
+        self._dice = random.Random()
         self.swap(model)
 
     def swap(self, model: Path) -> None:
@@ -41,9 +42,11 @@ class FakeEngine:
             interrupts.check()
             some = requests[start : start + AT_ONCE]
             texts = [text.strip() for text in self._codec.decode_many([r.prompt_token_ids for r in some])]
-            replies = [
-                _reply(text, random.Random(r.seed + k)) for r, text in zip(some, texts, strict=True) for k in range(r.n)
-            ]
+            replies = []
+            for r, text in zip(some, texts, strict=True):
+                for k in range(r.n):
+                    self._dice.seed(r.seed + k)  # a generator anew would be seeded twice
+                    replies.append(_reply(text, self._dice))
             made = (self._completion(ids, sampling) for ids in self._codec.encode_many(replies))
             for r in some:
                 completions.append(list(itertools.islice(made, r.n)))

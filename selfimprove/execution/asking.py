@@ -2,15 +2,17 @@
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from selfimprove import interrupts
+from selfimprove.columns import batched
 from selfimprove.errors import UserError
 from selfimprove.execution.protocol import Executor
-from selfimprove.execution.shard import WINDOW, Shard, Work, answers, cut, is_done
+from selfimprove.execution.shard import Shard, Work, answers, cut, is_done, windows
 
+STEP = 1_024  # rows taken before the executor may look at its workers
 TRIES = 3  # of a shard whose file is damaged as soon as it is written
 
 
@@ -51,13 +53,11 @@ def ask(
         if known is not None:  # before a row of it ends, an engine may still be starting, which would spoil the rate
             progress(passed + sum(answered.values()))
 
-    def window() -> list[Shard] | None:
-        """What of the next rows is to be carried out; None = no rows."""
-        if not (taken := list(islice(source, WINDOW))):
-            return None
-        shards = list(cut(work, taken))
+    def undone(rows: list[Any]) -> list[Shard]:
+        """What of a window's rows is to be carried out."""
+        shards = list(cut(work, rows))
         waiting.extend(shards)
-        undone = []
+        left = []
         half = len(shards) // 2  # in order, so that the caller has something soon; of the rest no long one comes last
         for shard in [*shards[:half], *sorted(shards[half:], key=lambda one: -one.weight)]:
             if shard.id in begun:  # the same rows once more
@@ -67,13 +67,18 @@ def ask(
                 done.add(shard.id)
                 heard(shard.id, len(shard.rows))
             else:
-                undone.append(shard)
-        return undone
+                left.append(shard)
+        return left
 
-    def further(first: list[Shard]) -> Iterator[Shard]:
-        yield from first
-        while (more := window()) is not None:
-            yield from more
+    def further() -> Iterator[Shard | None]:
+        for size in windows():
+            taken: list[Any] = []
+            for some in batched(islice(source, size), STEP):
+                taken += some
+                yield None
+            if not taken:
+                return
+            yield from undone(taken)
 
     def finished() -> Iterator[Any]:
         nonlocal passed
@@ -97,9 +102,13 @@ def ask(
             progress(passed + sum(answered.values()))
             yield from found
 
-    while (first := window()) == []:  # what a resumed stage has long had
-        yield from finished()
-    shards: Iterable[Shard] = further(first or [])
+    coming = further()
+    shards: Iterable[Shard | None] = ()
+    for first in coming:
+        if first:
+            shards = chain([first], coming)
+            break
+        yield from finished()  # what a resumed stage has long had
     while True:
         for name in executor.map_shards(folder, work, shards, heard):
             done.add(name)

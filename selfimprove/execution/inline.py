@@ -21,10 +21,10 @@ class Inline:
         self._engines, self._machine = engines, machine
 
     def map_shards(
-        self, folder: Path, work: Work, shards: Iterable[Shard], heard: Callable[[str, int], None]
+        self, folder: Path, work: Work, shards: Iterable[Shard | None], heard: Callable[[str, int], None]
     ) -> Iterator[str]:
         """See protocol.Executor."""
-        for shard in shards:
+        for shard in filter(None, shards):
 
             def answered(count: int, name: str = shard.id) -> None:
                 heard(name, count)

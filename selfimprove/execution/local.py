@@ -20,7 +20,7 @@ from selfimprove.execution.job import Job
 from selfimprove.execution.shard import Shard, Work, ask
 
 TICK = 0.2  # seconds between looks at what else there is to do
-AHEAD = 2  # shards of each worker that are made ready while all are at work
+AHEAD = 3  # shards of each worker that are made ready while all are at work
 STARTS = 3  # of a worker that answers nothing
 GRACE = 60.0  # seconds that a worker may be silent beyond an engine's own patience
 
@@ -118,10 +118,10 @@ class Local:
         self._workers: list[_Worker] = []
 
     def map_shards(
-        self, folder: Path, work: Work, shards: Iterable[Shard], heard: Callable[[str, int], None]
+        self, folder: Path, work: Work, shards: Iterable[Shard | None], heard: Callable[[str, int], None]
     ) -> Iterator[str]:
         """See protocol.Executor."""
-        source = iter(shards)
+        source = ((True, shard) for shard in shards)
         prepared: deque[Job] = deque()  # to be given out next; in front those on which a worker died
         finished: list[str] = []
         stop = interrupts.Stop("the workers finish the answers that they have begun")
@@ -133,15 +133,18 @@ class Local:
                     for worker in self._busy():
                         worker.send(messages.Stop())
                 if not stopped:
-                    self._give(source, prepared, folder, work)
+                    self._give(prepared, folder, work)
                 yield from finished  # the workers have something to do meanwhile
                 finished.clear()
-                if not (busy := self._busy()):
-                    break
+                busy = self._busy()
                 ahead = more and not stopped and len(prepared) < AHEAD * self._machine.workers
+                if not busy and not ahead:
+                    break
                 ready = wait([worker.connection for worker in busy], 0 if ahead else TICK)
                 if ahead and not ready:
-                    more = self._prepare(source, prepared, folder)
+                    more, shard = next(source, (False, None))
+                    if shard:
+                        prepared.append(Job(folder, shard))
                     continue
                 for worker in busy:
                     if worker.connection not in ready:
@@ -210,23 +213,14 @@ class Local:
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.job]
 
-    def _give(self, source: Iterator[Shard], prepared: deque[Job], folder: Path, work: Work) -> None:
+    def _give(self, prepared: deque[Job], folder: Path, work: Work) -> None:
         """Something to do for each free worker."""
-        while len(busy := self._busy()) < self._machine.workers:
-            if not prepared and not self._prepare(source, prepared, folder):
-                return
+        while prepared and len(busy := self._busy()) < self._machine.workers:
             self._start()
             worker = next(worker for worker in self._workers if worker not in busy)
             worker.job = job = prepared.popleft()
             ask(folder, work, job.shard)
             worker.send(messages.Carry(str(folder), job.shard.id, job.give()))
-
-    def _prepare(self, source: Iterator[Shard], prepared: deque[Job], folder: Path) -> bool:
-        """One more shard to be given out; whether there was one."""
-        if (shard := next(source, None)) is None:
-            return False
-        prepared.append(Job(folder, shard))
-        return True
 
     def _start(self) -> None:
         if not self._workers:

@@ -11,14 +11,15 @@ class Executor(Protocol):
     """Workers that stay for a whole run, and so do their engines."""
 
     def map_shards(
-        self, folder: Path, work: Work, shards: Iterable[Shard], heard: Callable[[str, int], None]
+        self, folder: Path, work: Work, shards: Iterable[Shard | None], heard: Callable[[str, int], None]
     ) -> Iterator[str]:
         """The ids of shards as they are published in `folder`, in whatever order they are done.
 
         Args:
             folder: of the shards; on a disk that all workers share.
             work: what is asked.
-            shards: are taken as workers become free; may be none, and then no engine is started.
+            shards: are taken as workers become free; may be none, and then no engine is started. None in place of one:
+                it takes a while yet, and whoever wants to may look at the workers meanwhile.
             heard: told (shard, rows answered so far).
 
         Raises:

@@ -114,11 +114,11 @@ class RayPool:
         self._alone = time.monotonic()  # since when there is no actor that runs
 
     def map_shards(
-        self, folder: Path, work: Work, shards: Iterable[Shard], heard: Callable[[str, int], None]
+        self, folder: Path, work: Work, shards: Iterable[Shard | None], heard: Callable[[str, int], None]
     ) -> Iterator[str]:
         """See protocol.Executor."""
         try:
-            yield from self._map(folder.absolute(), located(work), iter(shards), heard)
+            yield from self._map(folder.absolute(), located(work), filter(None, shards), heard)
         except BaseException:
             self._abandon()
             raise

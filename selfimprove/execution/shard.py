@@ -21,7 +21,7 @@ from selfimprove import store
 from selfimprove.engine.protocol import Comparison, Completion, Request, Sampling
 
 Task = Literal["complete", "score", "reward", "compare"]
-WINDOW = 16_384  # rows that are cut into shards at a time
+FIRST, WINDOW = 2_048, 16_384  # rows that are cut into shards at a time: few at first, so that workers can begin
 SMALLEST, LARGEST = 256, 2_048  # rows of a shard: whatever the number of workers, so that theirs are the same rows
 PARTS = 8  # that a window is cut into, between those sizes
 DIGEST = 16  # bytes
@@ -82,6 +82,14 @@ def located(work: Work) -> Work:
     policy = None if work.policy is None else str(Path(work.policy).absolute())
     model, logs = str(Path(work.model).absolute()), str(Path(work.logs).absolute())
     return msgspec.structs.replace(work, model=model, policy=policy, logs=logs)
+
+
+def windows() -> Iterator[int]:
+    """The most rows of each window."""
+    size = min(FIRST, WINDOW)
+    while True:
+        yield size
+        size = min(2 * size, WINDOW)
 
 
 def size_for(rows: int) -> int:

@@ -57,10 +57,10 @@ class Static:
         self._hands = ThreadPoolExecutor(1, "rank-0")
 
     def map_shards(
-        self, folder: Path, work: Work, shards: Iterable[Shard], heard: Callable[[str, int], None]
+        self, folder: Path, work: Work, shards: Iterable[Shard | None], heard: Callable[[str, int], None]
     ) -> Iterator[str]:
         """See protocol.Executor."""
-        iterator, work, folder = enumerate(shards), located(work), folder.absolute()
+        iterator, work, folder = enumerate(filter(None, shards)), located(work), folder.absolute()
         open_shards: dict[int, Shard] = {}  # by the number under which they are posted
         mine: tuple[board.Shown, Future[None]] | None = None
         stop, stopped, pause = interrupts.Stop("the ranks finish the answers that they have begun"), False, FASTEST

@@ -73,9 +73,11 @@ def paired(
     """
     compared = preferences if section.judge and judges.compares(section.judge) else None
     made = Paired([], [], Counter())
+    rng = random.Random()
     judged = (Judged(candidate, opinion.score) for candidate, opinion in found)
     for prompt_id, group in itertools.groupby(judged, key=lambda j: j.candidate.prompt_id):
-        proposed = rule(list(group), random.Random(row_seed(prompt_id)))
+        rng.seed(row_seed(prompt_id))  # a generator anew would be seeded twice
+        proposed = rule(list(group), rng)
         if isinstance(proposed, Dropped):
             made.dropped.append((prompt_id, proposed.reason))
             continue
