@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from selfimprove import masking
 from selfimprove.errors import UserError
 
@@ -35,6 +33,8 @@ def folder(address: str) -> Path | None:
 
 def connect(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it; nothing is asked of it yet."""
+    import fsspec  # takes a while, and most runs have no store
+
     protocol = address.partition("://")[0]
     extra = EXTRAS.get(protocol)
     try:

@@ -10,9 +10,7 @@ import errno
 import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-
-from fsspec.callbacks import Callback
-from fsspec.implementations.local import LocalFileSystem
+from typing import TYPE_CHECKING
 
 from selfimprove import boundary, disk, masking
 from selfimprove.errors import UserError
@@ -21,6 +19,9 @@ from selfimprove.remote import moving
 from selfimprove.remote.address import LOGIN
 from selfimprove.remote.moving import CHUNK, Item, Progress, Stopped, chunks, together
 from selfimprove.store import sha256
+
+if TYPE_CHECKING:
+    from fsspec.callbacks import Callback
 
 SMALL = 64 << 20  # bytes of a manifest or a recipe; what is larger is none
 ALTERED = "where the run is whole, selfimprove push RUN puts it there again once this object is removed"
@@ -35,6 +36,8 @@ class Store:
     """
 
     def __init__(self, address: str) -> None:
+        from fsspec.implementations.local import LocalFileSystem
+
         self.folder = address_.folder(address)  # of a store on a file system of this machine
         self.address = str(self.folder or address.rstrip("/"))
         self._fs, self._root = (LocalFileSystem(), str(self.folder)) if self.folder else address_.connect(address)
@@ -236,5 +239,7 @@ class Store:
         )
 
 
-def _callback(moved: Callable[[int], None]) -> Callback:
+def _callback(moved: Callable[[int], None]) -> "Callback":
+    from fsspec.callbacks import Callback
+
     return Callback(hooks={"moved": lambda size, value, **more: moved(value)})
