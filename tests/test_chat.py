@@ -45,6 +45,19 @@ def test_a_second_bos_is_refused(tmp_path):
         with_template(tmp_path, template).prompt_ids("a")
 
 
+def test_a_template_keeps_what_transformers_gives_it_and_is_rendered_without_a_chain_of_maps(tmp_path):
+    """The private function is where transformers keeps what it has compiled; without it all is slower and the same."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    refuses = "{% if messages[0].content == 'b' %}{{ raise_exception('no b') }}{% endif %}"
+    template = "{{ bos_token }}{{ strftime_now('x') }}" + refuses + "{{ messages[0].content }}"
+    ours = with_template(tmp_path, template)
+    assert ours.tokenizer.decode(ours.prompt_ids("a"), skip_special_tokens=True).strip() == "xa"
+    assert type(_compile_jinja_template(template).globals) is dict
+    with pytest.raises(UserError, match="no b"):
+        ours.prompt_ids("b")
+
+
 def test_what_follows_the_end_token_is_not_trained_and_a_missing_one_is_added(tmp_path):
     template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{{ eos_token }} and{% endfor %}"
     ours = with_template(tmp_path, template)

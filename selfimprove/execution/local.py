@@ -44,7 +44,7 @@ class _Worker:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}  # each worker has cores of its own
+        environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}  # the other cores are others'
         if self._devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices
         self.log.parent.mkdir(parents=True, exist_ok=True)

@@ -272,6 +272,25 @@ class TestAsking:
             assert (passed, executor.rows) == (1000, 0 if again else 1000)
         assert most <= 2 * shard.WINDOW
 
+    def test_the_first_shard_waits_for_few_rows(self, tmp_path, windows, monkeypatch):
+        monkeypatch.setattr(shard, "FIRST", 16)
+        read = []
+
+        class Noting(Instant):
+            def map_shards(self, folder, work, shards, heard):
+                def noted():
+                    for one in filter(None, shards):
+                        self.before.append(len(read))
+                        yield one
+
+                self.before = []
+                yield from super().map_shards(folder, work, noted(), heard)
+
+        executor = Noting()
+        rows = (read.append(1) or row for row in SEQUENCES)
+        assert list(ask(executor, tmp_path, work("score"), rows)) == SCORES
+        assert sorted(set(executor.before))[:4] == [16, 16 + 32, 16 + 32 + 64, 16 + 32 + 64 + 64]
+
     def test_nothing_that_was_had_is_asked_again(self, tmp_path, windows):
         first = Instant()
         for k, _ in enumerate(ask(first, tmp_path, work("score"), SEQUENCES)):
