@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from selfimprove.training.job import Tree
 from selfimprove.training.packing import trees_of
-from tests.bench import memory, workload
+from tests.bench import bound, memory, workload
 from tests.bench.measure import Baseline, baselines, best_batch, compare
 from tests.bench.train import HEAD, line
 
@@ -53,6 +54,16 @@ def test_flops_count_each_distinct_token_once():
     seen = (1 + 2 + 3) + 4 + 4  # the prompt's tokens, and one fed token of each response
     forward = 2 * layer * 5 + 2 * 4 * 32 * seen + 2 * 32 * 97 * 4
     assert math.isclose(workload.needed_flops(setting, [tree]), 3 * forward)
+
+
+def test_the_bound_runs_the_products_of_a_step_and_no_others():
+    setting = workload.tiny(97)
+    tree = Tree([5, 6, 7], [[8, 1], [9, 1]])
+    with FlopCounterMode(display=False) as counted:
+        bound.products(setting, *bound.weights_of(setting), tokens=5, scored=4)
+    seen = (1 + 2 + 3) + 4 + 4
+    assert counted.get_total_flops() == workload.needed_flops(setting, [tree]) - 3 * 2 * 4 * 32 * seen
+    assert all(share > 0 for share in bound.share(setting, repeats=2, budget=setting.tokens))
 
 
 def test_all_pairs_of_four_responses_make_one_tree():
