@@ -219,7 +219,7 @@ def test_a_process_that_begins_with_generate_imports_nothing_twice_at_once(small
     """In a process of its own: here all is imported already."""
     assert selfimprove(*command("default", "r", server), "--until", "1/synthesize").code == 0
     said = subprocess.run(
-        [sys.executable, "-m", "selfimprove.cli", "resume", "r"],
+        [sys.executable, "-m", "selfimprove", "resume", "r"],
         capture_output=True,
         text=True,
         timeout=120,

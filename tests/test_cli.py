@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from selfimprove import __version__
 from tests.conftest import SMALL, selfimprove
 
 MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -147,7 +148,7 @@ def test_the_same_run_under_another_recipe_is_refused(fake_run):
 
 
 def test_help_answers_at_once_and_without_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "selfimprove.cli", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "selfimprove", "--help"]
     times = []  # of the processor: on an idle machine that is what passes, and other load does not change it
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -182,3 +183,14 @@ def test_version_and_recipes():
 def test_every_command_has_help():
     for command in ("iterate", "resume", "plan", "status", "inspect", "verify", "report", "recipes", "doctor", "demo"):
         assert selfimprove(command, "--help").code == 0
+
+
+def test_help_lists_every_command_under_a_purpose():
+    shown = selfimprove("--help").out
+    assert "─ Make a run ─" in shown
+    assert "─ Commands ─" not in shown  # where one without a purpose would be
+
+
+def test_the_package_itself_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "selfimprove", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"selfimprove {__version__}\n"

@@ -27,7 +27,7 @@ MEASURE = """
 import resource, runpy, sys
 sys.argv = ["selfimprove", *sys.argv[1:]]
 try:
-    runpy.run_module("selfimprove.cli", run_name="__main__")
+    runpy.run_module("selfimprove", run_name="__main__")
 except SystemExit:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
@@ -351,7 +351,7 @@ class TestPaging:
 
     @pytest.mark.parametrize(("settings", "paged"), [({}, True), ({"NO_PAGER": "1"}, False)])
     def test_through_the_pager_that_is_set(self, two, settings, paged):
-        command = f"{sys.executable} -m selfimprove.cli inspect two 2/label"
+        command = f"{sys.executable} -m selfimprove inspect two 2/label"
         known = os.environ | {"PAGER": "sed s/^/paged:/", "TERM": "xterm", **settings}
         shown = subprocess.run(
             ["script", "-qec", command, "/dev/null"],

@@ -304,7 +304,7 @@ class TestTime:
 
     def test_it_answers_without_torch(self):
         file = written("[machine]\nworkers = 2\n[hardware]\ndevice = 'cpu'\nmemory_gib = 8\ndevices_per_node = 1\n")
-        command = [sys.executable, "-X", "importtime", "-m", "selfimprove.cli", "plan", "fake", "--machine", file]
+        command = [sys.executable, "-X", "importtime", "-m", "selfimprove", "plan", "fake", "--machine", file]
         ended = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "machine: 1 x cpu of 8 GiB a node, executor local, 2 engines" in ended.stdout
         imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}

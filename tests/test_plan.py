@@ -349,7 +349,7 @@ class TestEstimates:
 
 def test_a_plan_of_20_finished_rounds_answers_in_under_a_second(in_tmp):
     run = synthetic_run.write(Path("runs/long"), synthetic_run.recipe(20), synthetic_run.World(), 20, 2, keyed=True)
-    command = [sys.executable, "-m", "selfimprove.cli", "plan", "long"]
+    command = [sys.executable, "-m", "selfimprove", "plan", "long"]
     # as it is installed: its code has been compiled before, here by the first time
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"COLUMNS": "120"}
     times = []  # of the processor: on an idle machine that is what passes, and other load does not change it

@@ -27,7 +27,7 @@ GONE = 5.0  # seconds in which whatever a driver started is to be gone after it
 
 def program(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "selfimprove.cli", *arguments],
+        [sys.executable, "-m", "selfimprove", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

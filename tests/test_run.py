@@ -54,7 +54,7 @@ def contents(run: Path) -> dict[str, object]:
 
 def program(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "selfimprove.cli", *arguments],
+        [sys.executable, "-m", "selfimprove", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -90,7 +90,7 @@ class Field:
 
     def follow(self, run: str, rank: int, world: int, prefix: Sequence[str] = ()) -> "Process":
         """A rank of a run, as users start it."""
-        return self._start(f"{run}-{rank}", ["selfimprove.cli", "work", run], prefix, place(rank, world))
+        return self._start(f"{run}-{rank}", ["selfimprove", "work", run], prefix, place(rank, world))
 
     def done(self, run: str) -> list[Path]:
         """The shards that are published so far."""

@@ -58,7 +58,7 @@ def main() -> None:
     given = parser.parse_args()
     given.runs.mkdir(parents=True, exist_ok=True)
     settings = [f"model.path={given.model.resolve()}", *given.settings]
-    command = [sys.executable, "-m", "selfimprove.cli", "iterate", given.recipe, "--rounds", "1", "--run", "gpu"]
+    command = [sys.executable, "-m", "selfimprove", "iterate", given.recipe, "--rounds", "1", "--run", "gpu"]
     for one in settings:
         command += ["--set", one]
     watch = Watch()
