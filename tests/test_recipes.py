@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from selfimprove import preflight, recipe, recipe_file, records, store
+from selfimprove import combinations, preflight, recipe, recipe_file, records, store
 from selfimprove import run as running
 from selfimprove.data import SHIPPED, read_seeds
 from selfimprove.execution import Executors
@@ -48,7 +48,7 @@ def test_every_round_is_a_recipe_whose_settings_fit_together(path):
         label.check(now.label)
         if now.discriminate:
             discriminate.check(now.discriminate)
-        preflight.fits_together(now)
+        combinations.fits_together(now)
         preflight.trainable(now)
 
 

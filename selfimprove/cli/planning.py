@@ -63,7 +63,7 @@ def check(
 ) -> None:
     """Check a recipe, its data and its model, and rehearse the first training step; needs no GPU."""
     from selfimprove import recipe_file
-    from selfimprove.preflight import rehearse
+    from selfimprove.rehearsal import rehearse
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     named = recipe_file.find(recipe)
