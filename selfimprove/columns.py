@@ -101,6 +101,15 @@ def read_some(path: Path, names: list[str]) -> Iterator[tuple[Any, ...]]:
             yield from zip(*(values(batch.column(name)) for name in names), strict=True)
 
 
+def read_plain(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file that somebody else has written, with all their columns."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(GROUP_ROWS):
+            yield from batch.to_pylist()
+
+
 def row_number(path: Path) -> int:
     """How many rows a Parquet file has, by its own word."""
     import pyarrow.parquet as pq

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfimprove import jsonl, textfile
+from selfimprove import columns, exchanges, jsonl, textfile
 from selfimprove.errors import UserError
 from selfimprove.records import HeldOut, Seed
 
@@ -192,35 +192,34 @@ def locate(name: str, what: str, section: str = "data") -> Path:
 
 
 def read_seeds(path: Path) -> list[Seed]:
-    """Seed prompts with their gold answers."""
-    rows = [
-        (
-            where,
-            Seed(
-                _text(row, "id", where, f"seed-{i:05d}"),
-                _text(row, "prompt", where),
-                _text(row, "completion", where),
-                _text(row, "source", where) if "source" in row else "",
-            ),
+    """Seed prompts with their gold answers, in any form of `exchanges`."""
+    rows = []
+    for number, (where, row) in enumerate(_rows(path)):
+        said = exchanges.of(row, where, "completion")
+        if said.answer is None:
+            sentence = f"{where}: no answer to its {said.prompt[0]}, for example in field 'completion'"
+            raise UserError(sentence, f"known: {exchanges.FORMS}")
+        rows.append(
+            (
+                where,
+                Seed(
+                    _id(row, where, f"seed-{number:05d}"),
+                    _text(*said.prompt, where),
+                    _text(*said.answer, where),
+                    _text("source", row["source"], where) if "source" in row else "",
+                ),
+            )
         )
-        for i, (where, row) in enumerate(_jsonl(path))
-    ]
     return _checked(rows, path)
 
 
 def read_heldout(path: Path, what: str = "heldout") -> list[HeldOut]:
-    """Held-out prompts; those without an id are named by `what` and their number."""
-    rows = [
-        (
-            where,
-            HeldOut(
-                _text(row, "id", where, f"{what}-{i:05d}"),
-                _text(row, "prompt", where),
-                _text(row, "answer", where) if "answer" in row else None,
-            ),
-        )
-        for i, (where, row) in enumerate(_jsonl(path))
-    ]
+    """Held-out prompts, in any form of `exchanges`; those without an id are named by `what` and their number."""
+    rows = []
+    for number, (where, row) in enumerate(_rows(path)):
+        said = exchanges.of(row, where, "answer")
+        answer = _text(*said.answer, where) if said.answer else None
+        rows.append((where, HeldOut(_id(row, where, f"{what}-{number:05d}"), _text(*said.prompt, where), answer)))
     return _checked(rows, path)
 
 
@@ -276,13 +275,33 @@ def draw_corpus_keywords(paragraphs: Sequence[Sequence[str]], rng: random.Random
     raise UserError("the corpus has hardly a paragraph with three keywords", "give data.corpus longer paragraphs")
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for line, row in jsonl.rows(path):
-        yield f"{path}, line {line}", row
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows with their places, of a JSON or a Parquet file; in Parquet a cell without a value is no column."""
+    if path.suffix != ".parquet":
+        for line, row in jsonl.rows(path):
+            yield f"{path}, line {line}", row
+        return
+    import pyarrow as pa
+
+    with textfile.opened(path):
+        pass  # whatever can be wrong with a file as such
+    try:
+        for number, cells in enumerate(columns.read_plain(path), 1):
+            yield f"{path}, row {number}", {name: value for name, value in cells.items() if value is not None}
+    except (pa.ArrowException, OSError) as error:
+        why = (str(error).splitlines() or ["it cannot be read"])[0]
+        raise UserError(f"{path} is no Parquet file, or a damaged one: {why}", "fetch it again") from None
 
 
-def _text(row: Mapping[str, Any], field: str, where: str, default: str | None = None) -> str:
-    value = row.get(field, default)
+def _id(row: Mapping[str, Any], where: str, default: str) -> str:
+    for column in ("id", "prompt_id"):
+        if column in row:
+            value = row[column]
+            return str(value) if type(value) is int else _text(column, value, where)
+    return default
+
+
+def _text(field: str, value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: field '{field}' must be a text that is not empty", "mend the row or remove it")
     if wrong := re.search("[\ud800-\udfff\0]", value):

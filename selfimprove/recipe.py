@@ -79,9 +79,9 @@ class Model(Section):
 class Data(Section):
     """Input files; `demo:NAME` is shipped with the package."""
 
-    seeds: str = "demo:seeds"  # JSONL: prompt, completion (gold), optional id
+    seeds: str = "demo:seeds"  # JSON lines or Parquet: prompt, completion (gold), or what `exchanges` knows
     corpus: str = "demo:corpus"  # plain text, one paragraph a line; keywords are drawn from it
-    heldout: str = "demo:heldout"  # JSONL: prompt, optional answer, optional id; never enters training
+    heldout: str = "demo:heldout"  # the same forms; the answer may be missing; never enters training
     selection: str | None = None  # the same, other prompts: what the gate looks at, so that reports stay untouched
 
 

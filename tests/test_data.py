@@ -24,7 +24,7 @@ def test_ids_are_given_where_none_are(tmp_path):
         (GOOD.encode().split(b"\n")[0], "holds 1 rows"),
         (b"not json\n", "line 1: not JSON"),
         (b"[1]\n", "line 1: not a JSON object"),
-        (b'{"prompt": "a"}\n', "line 1: field 'completion'"),
+        (b'{"prompt": "a"}\n', "line 1: no answer to its prompt, for example in field 'completion'"),
         (b'{"prompt": "", "completion": "b"}\n', "line 1: field 'prompt'"),
         (b'{"prompt": 3, "completion": "b"}\n', "line 1: field 'prompt'"),
         (b"\xff\xfe\x00", "not UTF-8"),
