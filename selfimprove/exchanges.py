@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from selfimprove.errors import UserError
 
 FORMS = "prompt and completion, messages, conversations, instruction and output, or question and answer"
+SHOWN = 30  # characters of a name that somebody else gave
 USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
 
 
@@ -52,7 +53,10 @@ def of(row: Mapping[str, Any], where: str, answer: str) -> Exchange:
         return Exchange(("instruction", "\n\n".join(parts)), ("output", row["output"]) if "output" in row else None)
     if "question" in row:
         return Exchange(("question", row["question"]), ("answer", row["answer"]) if "answer" in row else None)
-    raise UserError(f"{where}: no prompt among the columns {', '.join(list(row)[:8]) or '(none)'}", f"known: {FORMS}")
+    raise UserError(
+        f"{where}: no prompt among the columns {', '.join(name[:SHOWN] for name in list(row)[:8]) or '(none)'}",
+        f"known: {FORMS}",
+    )
 
 
 def _dialogue(value: Any, column: str, where: str) -> list[Any]:
@@ -92,5 +96,5 @@ def _turns(value: Any, column: str, where: str) -> list[tuple[str, Any]]:
 
 
 def _told(turns: Sequence[tuple[str, Any]]) -> str:
-    roles = [role for role, _ in turns[:4]] + ["..."] * (len(turns) > 4)
+    roles = [role[:SHOWN] for role, _ in turns[:4]] + ["..."] * (len(turns) > 4)
     return f"{len(turns)} turns ({', '.join(roles)})" if turns else "no turn"

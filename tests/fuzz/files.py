@@ -68,6 +68,20 @@ FORMATS = [
         _planned("data.seeds='FILE'"),
     ),
     Format(
+        "dialogues",
+        _rows(
+            lambda rng, k: rng.choice(
+                [
+                    {"messages": [{"role": "user", "content": f"Own {k}."}, {"role": "assistant", "content": "a"}]},
+                    {"conversations": [{"from": "human", "value": f"Own {k}."}, {"from": "gpt", "value": "a"}]},
+                    {"instruction": f"Own {k}.", "input": "b a", "output": "a b"},
+                    {"prompt": [{"role": "user", "content": f"Own {k}."}], "completion": "a"},
+                ]
+            )
+        ),
+        _planned("data.seeds='FILE'"),
+    ),
+    Format(
         "heldout",
         _rows(lambda rng, k: {"id": f"h{k}", "prompt": f"Held-out prompt {k}.", "answer": "1"}),
         _planned("data.heldout='FILE'"),
