@@ -31,7 +31,7 @@ def check_target(run: Run, out: Path) -> Path:
     if any((parent / "recipe.toml").is_file() and (parent / "run.json").is_file() for parent in target.parents):
         raise UserError(f"{out} is inside another run", "--out ANOTHER_DIRECTORY, outside of it")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"{out} is there already", f"--out ANOTHER_DIRECTORY, or remove it: rm -r {out}")
+        raise UserError(f"{out} is there already", "--out ANOTHER_DIRECTORY")
     return target
 
 

@@ -13,7 +13,7 @@ from selfimprove.evaluation import lm_harness
 from selfimprove.judges.panel import RUN
 from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
-from selfimprove.recipe import Benchmark, Choice, Machine, Recipe, Train
+from selfimprove.recipe import Benchmark, Choice, Machine, Noise, Recipe, Train
 from selfimprove.remote.objects import Store
 from selfimprove.stages import discriminate, evaluate, label, train
 
@@ -197,6 +197,13 @@ def judged(chosen: Recipe) -> None:
         )
 
 
+NOISE = {  # the settings that each kind looks at
+    "trainable": {"kind", "scale", "alpha", "bound", "learning_rate"},
+    "fixed_sigma": {"kind", "sigma"},
+    "constant_margin": {"kind", "margin"},
+}
+
+
 def trainable(chosen: Recipe) -> None:
     """Settings of the training that cannot work, said before any model is loaded.
 
@@ -220,11 +227,23 @@ def trainable(chosen: Recipe) -> None:
         *([chosen.control.optimizer] if chosen.control else []),
     ]
     quantized = any(one.adapter and one.adapter.quantize for one in used)
+    kind = section.noise.kind if section.noise else ""
+    idle = _idle(section.noise) if section.noise else []
     for wrong, sentence, hint in [
         (
             bool(bound.needs & {"win_rates", "win_probabilities"}) and chosen.label.judge is None,
             "this loss needs scores of the answers, and [label] has no judge",
             "add label.judge, or choose another loss",
+        ),
+        (
+            "mismatched" in bound.needs and section.optimizer.batch_size < 2,
+            "this loss looks at answers under other prompts of the batch, and train.optimizer.batch_size = 1",
+            "raise train.optimizer.batch_size",
+        ),
+        (
+            bool(idle),
+            f"train.noise.{', train.noise.'.join(idle)} means nothing to the kind '{kind}'",
+            "remove it, or set train.noise.kind",
         ),
         (
             section.noise is not None and bound.references != 1,
@@ -255,6 +274,12 @@ def trainable(chosen: Recipe) -> None:
     ]:
         if wrong:
             raise UserError(sentence, hint)
+
+
+def _idle(section: Noise) -> list[str]:
+    """What is set to something and changes nothing; a run's own recipe.toml names the defaults too."""
+    fields = set(Noise.model_fields) - NOISE[section.kind]
+    return sorted(name for name in fields if getattr(section, name) != Noise.model_fields[name].default)
 
 
 def searchable(section: Train) -> None:

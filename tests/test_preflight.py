@@ -49,6 +49,13 @@ def test_the_rehearsal_attaches_the_adapter():
         (['train.loss=[{name="dpo", weight=0.5}, {name="sft", weight=0.6}]'], "sum to 1.1", "sum to 1"),
         (['train.reference="ema"'], "'ema' and ema_decay go together", "known keys"),
         (["train.chunks.number=2", "train.reference_sync.steps=4"], "chunks go with neither", "known keys"),
+        (['train.loss={name="kto"}', "train.optimizer.batch_size=1"], "batch_size = 1", "raise train.optimizer.batch"),
+        (["train.noise.margin=7.0"], "train.noise.margin means nothing to the kind 'trainable'", "train.noise.kind"),
+        (
+            ['train.noise={kind="fixed_sigma", sigma=0.9, scale=0.25, alpha=2.0}'],
+            "train.noise.alpha, train.noise.scale means nothing to the kind 'fixed_sigma'",
+            "remove it",
+        ),
         (["train.noise.scale=3.9"], "below 0.75 times train.noise.bound", "smaller scale"),
         (['train.loss={name="mrpo"}', 'train.reference=["initial", "previous"]', "train.noise.alpha=1.0"],
          "noise needs exactly one reference", "known keys"),

@@ -20,7 +20,9 @@ Until = Annotated[Optional[str], typer.Option(metavar="STAGE", help="Stop after 
 Only = Annotated[Optional[str], typer.Option(metavar="STAGE", help="Make just this stage.")]
 MachineFile = Annotated[
     Optional[Path],
-    typer.Option("--machine", metavar="FILE.toml", help="Where it runs: its [machine] before the recipe's own."),
+    typer.Option(
+        "--machine", metavar="FILE.toml", help="Where it runs; its machine section goes before the recipe's own."
+    ),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in ./runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -343,11 +343,13 @@ def kto(
     """KTO (arXiv 2402.01306): s(beta (z - c)) of every chosen answer, then s(beta (r - z)) of every rejected one.
 
     z is the mean log-ratio of answers under other prompts, at least zero and a constant: an estimate of the KL
-    divergence from the reference. The weights are those of the two kinds.
+    divergence from the reference; zero in a batch of one prompt, which has no other. The weights are those of the
+    two kinds.
     """
     chosen, rejected = q.rewards()
     policy = given(q.mismatched_policy_logps, "mismatched log-probabilities")
-    shift = relu((policy - given(q.mismatched_reference_logps, "mismatched log-probabilities")).mean()).detach()
+    ratios = policy - given(q.mismatched_reference_logps, "mismatched log-probabilities")
+    shift = relu(ratios.mean()).detach() if len(ratios) else ratios.sum()
     good, bad = sigmoid(beta * (shift - chosen)), sigmoid(beta * (rejected - shift))
     return torch.cat([desirable_weight * good, undesirable_weight * bad])
 

@@ -5,6 +5,7 @@ sums of each response's log-probs, its derivative with respect to these sums is 
 backward pass is weighted with it. Losses that couple the pairs of a batch see the whole batch first, without gradient.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -48,14 +49,20 @@ class Batch(NamedTuple):
 
 
 def lay_out(pairs: Sequence[PairRow], mismatched: bool = False) -> Batch:
-    """Trees of a batch of pairs, every answer once; mismatched are the prompt of i and the answer of i + 1."""
+    """Trees of a batch of pairs, every answer once; mismatched are the prompt of i and the next other prompt's answer.
+
+    Pairs of one prompt stand beside each other, and the prompt's own answer would be no mismatch. A batch of one prompt
+    has none.
+    """
     shared = trees_of(pairs)
     trees = list(shared.trees)
     count = sum(len(tree.responses) for tree in trees)
     foreign: list[int] = []
     if mismatched:
-        trees += [Tree(a.prompt_ids, [b.chosen_ids]) for a, b in zip(pairs, [*pairs[1:], pairs[0]], strict=True)]
-        foreign = list(range(count, count + len(pairs)))
+        for i, pair in enumerate(pairs):
+            later = (b for b in [*pairs[i + 1 :], *pairs[:i]] if b.prompt_ids != pair.prompt_ids)
+            trees += [Tree(pair.prompt_ids, [other.chosen_ids]) for other in itertools.islice(later, 1)]
+        foreign = list(range(count, count + len(trees) - len(shared.trees)))
     first, total = [], 0
     for tree in trees:
         first.append(total)
@@ -295,8 +302,8 @@ class Learner:
             win_probabilities=known[:, 2] if given else None,
             chosen_concentration=columns.concentration[chosen] if self.scorer.measure else None,
             rejected_concentration=columns.concentration[rejected] if self.scorer.measure else None,
-            mismatched_policy_logps=columns.policy[foreign] if batch.mismatched else None,
-            mismatched_reference_logps=references[0][foreign] if batch.mismatched and len(references) else None,
+            mismatched_policy_logps=columns.policy[foreign] if "mismatched" in self.bound.needs else None,
+            mismatched_reference_logps=references[0][foreign] if len(references) else None,
         )
 
     def _gradient(self, batch: Batch, columns: Columns, which: Sequence[int]) -> "Gradient":

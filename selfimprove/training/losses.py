@@ -436,7 +436,7 @@ def _mixed(choices: Sequence[Choice], seed: int) -> Bound:
     states = [member.state for member in members]
     return Bound(
         function=partial(_weighted_sum, members=members, weights=weights),
-        beta=members[0].beta,
+        beta=next((m.beta for m in members if "beta" in inspect.signature(m.function).parameters), 1.0),
         references=max(member.references for member in members),
         coupled=any(member.coupled for member in members),
         needs=frozenset().union(*(member.needs for member in members)),

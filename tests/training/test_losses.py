@@ -345,6 +345,7 @@ def test_a_mix_is_the_weighted_sum_of_its_members():
         {"name": "mrpo", "weight": 0.125},
     ]
     mix, q = _of(*loss), _quantities()
+    assert _of(*loss[1:], loss[0]).beta == 0.1  # of kto, the first that has one; sft has none
     assert mix[1:] == (0.2, 2, True, {"mismatched"}, None, True)
     parts = [losses.dpo(q, beta=0.2), losses.sft(q), coupling.kto(q), losses.mrpo(q)]
     expected = sum(entry["weight"] * part.mean() for entry, part in zip(loss, parts, strict=True))
