@@ -485,7 +485,7 @@ def _move_aside(run: Run, chosen: Recipe, step: Step, kept: Mirror | None) -> li
 def move_aside(run: Run, names: Sequence[str]) -> list[str]:
     """Move what is there of these files and directories into `aside/`; the run's lock is held. Returns what was moved.
 
-    A link is moved itself, and nothing behind it.
+    A link becomes a file that says where it led, since a run with links in it is refused; nothing behind it is touched.
 
     Raises:
         UserError: `aside` is a link, and would lead out of the run.
@@ -500,7 +500,11 @@ def move_aside(run: Run, names: Sequence[str]) -> list[str]:
         part = top if (run.path / top).is_symlink() else name
         if os.path.lexists(run.path / part):
             (aside / part).parent.mkdir(parents=True, exist_ok=True)
-            (run.path / part).rename(aside / part)
+            if (run.path / part).is_symlink():
+                (aside / f"{part}.link").write_text(f"{(run.path / part).readlink()}\n", encoding="utf-8")
+                (run.path / part).unlink()
+            else:
+                (run.path / part).rename(aside / part)
             moved.append(part)
     return moved
 

@@ -347,6 +347,17 @@ class TestRepair:
         assert not os.path.lexists(fake_run / "iter-002")
         assert sorted(elsewhere.rglob("*")) == there
 
+        assert (fake_run / "aside").is_dir()
+        assert next((fake_run / "aside").glob("*/iter-002.link")).read_text() == f"{elsewhere}\n"
+
+    def test_a_link_that_a_kill_left_behind_does_not_stop_the_run_for_ever(self, fake_run):
+        (fake_run / "latest").unlink()
+        (fake_run / "latest").symlink_to("iter-001")  # killed after the last stage, before the link was set
+        assert selfimprove("verify", "fake", "--repair").code == 0
+        assert selfimprove("resume", "fake").code == 0
+        assert (fake_run / "latest").readlink() == Path("iter-002")
+        assert selfimprove("verify", "fake").code == 0
+
     def test_while_another_process_writes_the_run_it_refuses(self, fake_run):
         (fake_run / LABEL / "more").write_text("")
         with store.Run(fake_run).lock():
