@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from selfimprove.errors import UserError
 from selfimprove.plan import Step
-from selfimprove.store import Manifest, Run, read_manifest
+from selfimprove.store import Manifest, Run, intact, read_manifest
 
 SHARD = re.compile(r"(.+)-\d{5}\.parquet")
 MAIN = {  # the kind of rows that a stage is mostly asked for
@@ -123,7 +123,7 @@ class Reader:
             known = ", ".join(sorted(self.kinds)) or "none yet"
             raise UserError(f"there are no rows of the kind '{kind}' here", f"kinds here: {known}")
         root = self.run.path.resolve()
-        files = [str(root / file) for shards in self.kinds[kind] for file in shards.files]
+        files = [str(intact(root / file)) for shards in self.kinds[kind] for file in shards.files]
         listed = ", ".join(_quoted(file) for file in files)
         read = f"read_parquet([{listed}], union_by_name = true, hive_partitioning = false, filename = '__file')"
         with self.whole():

@@ -45,7 +45,17 @@ from selfimprove.remote.mirror import Mirror
 from selfimprove.stages.ahead import Ahead, can_begin
 from selfimprove.stages.io import StageIO
 from selfimprove.status import read_scores, standing
-from selfimprove.store import Artifact, Manifest, Run, key_of, missing_outputs, read_manifest, write_atomically
+from selfimprove.store import (
+    Artifact,
+    Manifest,
+    Run,
+    intact,
+    key_of,
+    missing_outputs,
+    model_files,
+    read_manifest,
+    write_atomically,
+)
 
 CYCLES = 200_000  # objects more than before, after which Python looks for cycles in a stage
 
@@ -296,7 +306,11 @@ def execute(
     if ingredients is None:
         raise RuntimeError(f"{step.directory}: an input is missing")
     for source in step.models.values():
-        collected.require(run.path, sources.path(source))
+        model = sources.path(source)
+        collected.require(run.path, model)
+        if model.is_relative_to(run.path):  # one of the run's own; its key is by the manifest's word
+            for file in model_files(model):
+                intact(file)
     io = stage_io(run, chosen, step, sources, ingredients, executors, progress)
     keep_templates(run, ingredients)
     try:

@@ -193,7 +193,7 @@ class TestRows:
         path.write_bytes(path.read_bytes()[:-100])
         result = selfimprove("inspect", "two", "2/label", "--where", "margin > 0")
         assert result.code == 1
-        assert "cannot be read" in result.err
+        assert "differs from its manifest" in result.err
         assert "selfimprove verify two" in result.err
 
 

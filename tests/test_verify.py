@@ -19,7 +19,7 @@ from selfimprove.report import imprint
 from selfimprove.verification import files, labels
 from selfimprove.verification.derive import differing
 from tests.altered import change_manifest
-from tests.conftest import QUICK, selfimprove
+from tests.conftest import QUICK, SMALL, selfimprove
 
 LABEL, GENERATE, EVALUATE = "iter-001/3-label", "iter-001/2-generate", "iter-001/5-evaluate"
 
@@ -305,6 +305,23 @@ class TestAround:
     def test_many_answers_are_read_in_parts_with_the_same_result(self, fake_run, monkeypatch):
         monkeypatch.setattr(labels, "ANSWERS", 10)
         assert sentences(fake_run) == []
+
+
+class TestBeforeUse:
+    def test_no_round_begins_with_damaged_weights(self, fake_run):
+        weights = fake_run / "iter-002/4-train/policy/model.safetensors"
+        flip(weights, random.Random(3))
+        result = selfimprove("iterate", "--rounds", "3", "--run", "fake", "--engine", "fake", *SMALL)
+        assert result.code == 1
+        assert f"{weights.relative_to(fake_run.parent.parent)} differs from its manifest" in result.err
+        assert not (fake_run / "iter-003/2-generate").exists()  # the first stage that asks the policy
+
+    def test_rows_that_were_changed_are_not_asked(self, fake_run):
+        shard = fake_run / LABEL / "pairs-00000.parquet"
+        shard.write_bytes(shard.read_bytes() + b"x")
+        for command in (["fake", "1/label", "--jsonl"], ["fake", "1/label", "--where", "chosen_score > 0"]):
+            result = selfimprove("inspect", *command)
+            assert (result.code, "differs from its manifest" in result.err, result.out) == (1, True, "")
 
 
 class TestRepair:
