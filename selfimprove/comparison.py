@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from selfimprove import recipe_file
 from selfimprove.errors import UserError
 from selfimprove.evaluation import splits, wording
-from selfimprove.evaluation.statistics import Comparison, compare_binary, compare_means, holm
+from selfimprove.evaluation.statistics import Comparison, compare_means, compare_scores, holm
 from selfimprove.plan import BASE
 from selfimprove.recipe import Recipe
 from selfimprove.results import MODES, Cost, Round, costs, evaluated, total
@@ -83,8 +83,7 @@ def _keyed(scores: Mapping[tuple[str, str], float], by_text: bool) -> dict[str, 
 
 def paired(scores: Shared, mode: str) -> Comparison:
     """McNemar's test of greedy answers that are right or wrong, elsewhere a paired t-test on the prompts' means."""
-    binary = mode == splits.GREEDY and all(score in (0, 1) for score in (*scores.old, *scores.new))
-    return (compare_binary if binary else compare_means)(scores.old, scores.new)
+    return (compare_scores if mode == splits.GREEDY else compare_means)(scores.old, scores.new)
 
 
 def sentence(found: Comparison) -> str:

@@ -8,7 +8,8 @@
 | `instruction`, `input` (may be missing or empty), `output` | Alpaca |
 | `question`, `answer` | GSM8K and other benchmarks |
 
-More than one turn, or a system's, is refused and not cut: which part should be trained on is not ours to guess.
+More than one turn, a system's, or a column that says more is refused and not cut: which part should be trained on is
+not ours to guess.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from selfimprove.errors import UserError
 
 FORMS = "prompt and completion, messages, conversations, instruction and output, or question and answer"
+ELSE = ("system", "history", "tools", "chosen", "rejected")  # columns that change what a row means
 SHOWN = 30  # characters of a name that somebody else gave
 USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
 
@@ -39,6 +41,12 @@ def of(row: Mapping[str, Any], where: str, answer: str) -> Exchange:
     Raises:
         UserError: the row has none of the forms, or is a dialogue of another shape.
     """
+    for column in ELSE:
+        if row.get(column):
+            sentence = f"{where}: column '{column}' says more than one prompt and its answer"
+            raise UserError(sentence, "put into the prompt what the model should see of it, and remove the column")
+    if row.get("label") is False:
+        raise UserError(f"{where}: label is false: its answer is one to avoid", "remove the row")
     dialogue = next((name for name in ("messages", "conversations") if name in row), None)
     given = (answer, _one(row[answer], answer, ASSISTANT, where)) if answer in row else None
     if dialogue and not (given and "prompt" in row):  # some sets have a prompt beside the whole dialogue
@@ -92,6 +100,8 @@ def _turns(value: Any, column: str, where: str) -> list[tuple[str, Any]]:
         raise UserError(
             f"{where}: {column} is no list of turns with '{role}' and '{text}'", "mend the row or remove it"
         )
+    if any(turn.get("weight") == 0 or turn.get("tool_calls") for turn in value):
+        raise UserError(f"{where}: {column} has a turn of weight 0, or with tool calls", "remove the row")
     return [(turn[role], turn.get(text)) for turn in value]
 
 

@@ -55,6 +55,12 @@ def test_held_out_prompts_need_no_answer_and_a_given_one_counts_first(tmp_path):
     assert [(row.prompt, row.answer) for row in found] == [("p", None), ("p", "7"), ("p", None), ("q", None)]
 
 
+def test_columns_that_say_nothing_are_no_reason_to_refuse(tmp_path):
+    more = {"system": "", "history": [], "label": True, "topic": "sorting"}
+    rows = [FORMS["texts"](*said) | more for said in SAID]
+    assert [seed.prompt for seed in data.read_seeds(seeds(tmp_path, *rows))] == [prompt for prompt, _ in SAID]
+
+
 def test_numbers_are_ids_and_a_prompt_id_is_one(tmp_path):
     rows = [{"id": 7, **FORMS["texts"](*SAID[0])}, {"prompt_id": "x", **FORMS["texts"](*SAID[1])}]
     assert [seed.prompt_id for seed in data.read_seeds(seeds(tmp_path, *rows))] == ["7", "x"]
@@ -79,6 +85,13 @@ def test_numbers_are_ids_and_a_prompt_id_is_one(tmp_path):
         ({"instruction": "i", "input": 3, "output": "o"}, "instruction and input must be texts"),
         ({"instruction": "i"}, "no answer to its instruction"),
         ({"text": "t", "label": 1}, "no prompt among the columns text, label"),
+        ({"prompt": "p", "completion": "a", "system": "s"}, "column 'system' says more"),
+        (
+            {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            "'system'",
+        ),
+        ({"prompt": "p", "completion": "a", "label": False}, "label is false"),
+        ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "weight 0"),
         ({}, "no prompt among the columns (none)"),
         ({"id": True, "prompt": "p", "completion": "a"}, "field 'id' must be a text"),
     ],

@@ -10,6 +10,8 @@ import pytest
 from selfimprove import records, store
 from selfimprove.data import SHIPPED, read_seeds
 from selfimprove.engine import fake_engine
+from selfimprove.evaluation import statistics
+from selfimprove.store import read_rows
 from tests.conftest import QUICK, selfimprove
 from tests.engine import test_rewards as rewards
 from tests.judges import test_ranker as ranker
@@ -81,6 +83,43 @@ def test_margin_and_length_are_refused_with_their_reasons(cut_data):
     assert result.code == 1
     assert "no prompt gave a pair" in result.err
     assert "chosen answer too long" in result.err
+
+
+def test_what_a_function_of_the_users_raises_is_in_the_error(cut_data):
+    Path("raising_judge.py").write_text("def judge(prompt, completion, answer):\n    return 1 / 0\n")
+    judge = "label.judge={name='verifier', checker='python', function='raising_judge:judge'}"
+    result = selfimprove("iterate", "iterative_dpo", "--rounds", "1", "--run", "none", *QUICK, "--set", judge)
+    assert result.code == 1
+    assert "no prompt gave a pair" in result.err
+    assert "ZeroDivisionError: division by zero" in result.err
+
+
+@pytest.mark.parametrize(
+    ("body", "top", "interval"),
+    [
+        ("len(completion) / (1 + len(completion))", 1, statistics.clustered_mean),
+        ("len(completion)", 1e4, statistics.mean),
+    ],
+)
+def test_scores_that_are_not_right_or_wrong_are_means_with_a_t_test(cut_data, body, top, interval):
+    name = f"judge_of_{interval.__name__}"  # a module is imported once in a process
+    Path(f"{name}.py").write_text(f"def judge(prompt, completion, answer):\n    return {body}\n")
+    run = ran(f"evaluate.judge={{name='verifier', checker='python', function='{name}:judge'}}", "evaluate.n=2")
+    [step] = (run / "iter-001").glob("?-evaluate")
+    found = json.loads((step / "scores.json").read_text())
+    samples = read_rows(step, "samples", records.Sample)
+    greedy = [sample.score for sample in samples if sample.mode == "greedy"]
+    assert 0 < max(greedy) < top
+    expected = interval(greedy)
+    assert found["scores"]["greedy"] == {
+        "value": pytest.approx(expected.value, abs=1e-12),
+        "ci95": [expected.low, expected.high],
+        "n": len(greedy),
+    }
+    told = found["comparisons"]["base"]
+    assert (told["greedy"]["test"], told["sampled"]["test"]) == ("paired t", "paired t")
+    assert selfimprove("verify", "run").code == 0
+    assert selfimprove("report", "run").code == 0
 
 
 class TestRelabel:

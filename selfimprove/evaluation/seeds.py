@@ -6,7 +6,7 @@ The interval answers for other prompts of the kind, given these seeds; how much 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from selfimprove.evaluation.statistics import Comparison, Interval, clustered_mean, compare_means
+from selfimprove.evaluation.statistics import Comparison, Interval, compare_means, mean_of_scores
 
 Scores = Mapping[str, float]  # of each prompt, the mean over its answers
 
@@ -30,7 +30,7 @@ def pooled(scores: Mapping[int, Scores]) -> Pooled:
     """One arm's scores by seed."""
     prompts = _shared(list(scores.values()))
     return Pooled(
-        clustered_mean(_means(list(scores.values()), prompts)),
+        mean_of_scores(_means(list(scores.values()), prompts)),
         {seed: sum(of[p] for p in prompts) / len(prompts) for seed, of in scores.items()},
     )
 

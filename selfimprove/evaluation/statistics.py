@@ -79,6 +79,16 @@ def mean(per_prompt: Sequence[float]) -> Interval:
     return Interval(middle, middle - half, middle + half, len(values))
 
 
+def mean_of_scores(per_prompt: Sequence[float]) -> Interval:
+    """The mean of whatever a judge gives: `clustered_mean` of shares, `mean` of scores that leave 0 to 1."""
+    return clustered_mean(per_prompt) if all(0 <= score <= 1 for score in per_prompt) else mean(per_prompt)
+
+
+def score(one_a_prompt: Sequence[float]) -> Interval:
+    """The same of one score a prompt: `proportion` where each is 0 or 1."""
+    return proportion(one_a_prompt) if set(one_a_prompt) <= {0, 1} else mean_of_scores(one_a_prompt)
+
+
 def mean_over_clusters(values: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
     """Mean of values that hang together in clusters: the instructions of one prompt, the turns of a dialogue.
 
@@ -123,6 +133,11 @@ def compare_binary(old: Sequence[float], new: Sequence[float]) -> Comparison:
         ValueError: fewer than two prompts.
     """
     return _compared(_differences(old, new), "McNemar exact")
+
+
+def compare_scores(old: Sequence[float], new: Sequence[float]) -> Comparison:
+    """`compare_binary` of one score a prompt where each is 0 or 1, else `compare_means`."""
+    return (compare_binary if {*old, *new} <= {0, 1} else compare_means)(old, new)
 
 
 def compare_means(old: Sequence[float], new: Sequence[float]) -> Comparison:

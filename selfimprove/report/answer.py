@@ -141,6 +141,4 @@ def compare(old: Mapping[str, float], new: Mapping[str, float]) -> Comparison | 
     shared = [prompt_id for prompt_id in new if prompt_id in old]
     if len(shared) < 2:
         return None
-    before, after = [old[p] for p in shared], [new[p] for p in shared]
-    binary = {*before, *after} <= {0.0, 1.0}
-    return (statistics.compare_binary if binary else statistics.compare_means)(before, after)
+    return statistics.compare_scores([old[p] for p in shared], [new[p] for p in shared])

@@ -147,7 +147,7 @@ def scores(samples: list[Sample], earlier: dict[str, list[Sample]]) -> dict[str,
     if any(sample.split == SELECTION for sample in samples):
         found[SELECTION] = {"scores": _scores({mode: per_prompt(samples, mode, SELECTION) for mode in own})}
     tests: dict[str, Callable[..., Comparison]] = {
-        GREEDY: statistics.compare_binary,
+        GREEDY: statistics.compare_scores,
         SAMPLED: statistics.compare_means,
     }
     for name, old_samples in earlier.items():
@@ -171,8 +171,8 @@ def _scores(own: dict[str, dict[str, float]]) -> dict[str, Any]:
     from selfimprove.evaluation import statistics
 
     return {
-        GREEDY: _interval(statistics.proportion(list(own[GREEDY].values()))),
-        SAMPLED: _interval(statistics.clustered_mean(list(own[SAMPLED].values()))),
+        GREEDY: _interval(statistics.score(list(own[GREEDY].values()))),
+        SAMPLED: _interval(statistics.mean_of_scores(list(own[SAMPLED].values()))),
     }
 
 

@@ -106,7 +106,7 @@ def run(io: StageIO, section: recipe.Label) -> None:
     }
     if not pairs.rows:
         raise UserError(
-            f"iteration {io.iteration}: no prompt gave a pair ({_reasons(io)})",
+            f"iteration {io.iteration}: no prompt gave a pair ({_reasons(io, labels)})",
             "more samples (generate.n), another judge or another pairing rule",
         )
 
@@ -200,5 +200,9 @@ def _seeds(io: StageIO) -> list[Seed]:
     return data.read_seeds(io.inputs["seeds"]) if "seeds" in io.inputs else []
 
 
-def _reasons(io: StageIO) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in io.out.quarantined.items())
+def _reasons(io: StageIO, labels: Labels) -> str:
+    """Why prompts gave no pair, and what was most often the matter with an answer without a score."""
+    told = [f"{reason}: {count}" for reason, count in io.out.quarantined.items()]
+    for reason, count in labels.unknown.most_common(1):
+        told.append(f"judge: {reason} ({count} answers)")
+    return ", ".join(told)

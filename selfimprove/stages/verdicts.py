@@ -1,5 +1,6 @@
 """What the judge of a round finds, written down; a part of the stage label."""
 
+from collections import Counter
 from typing import Any
 
 from selfimprove import columns, judges, recipe
@@ -7,6 +8,8 @@ from selfimprove.records import Comparison, Verdict
 from selfimprove.stages.answers import Window
 from selfimprove.stages.io import StageIO
 from selfimprove.stages.judging import Findings, Judging
+
+SHOWN = 120  # characters of a reason
 
 
 class Labels:
@@ -25,6 +28,7 @@ class Labels:
         self._comparisons: columns.Writer[Comparison] | None = None
         self.number = self.known = self.prompts = 0
         self.total = 0.0  # of the known scores
+        self.unknown: Counter[str] = Counter()  # reasons of the others
         if section.judge and judges.compares(section.judge):
             self._comparisons = io.out.writer("comparisons", Comparison)
         elif section.judge:
@@ -60,4 +64,6 @@ class Labels:
             if opinion.score is not None:
                 self.known += 1
                 self.total += opinion.score
+            elif opinion.reason:
+                self.unknown[opinion.reason[:SHOWN]] += 1
         return found
