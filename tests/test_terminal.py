@@ -1,11 +1,14 @@
 """What a run says while it goes on."""
 
 import io
+import re
 from types import SimpleNamespace
 
 from rich.console import Console
 
+from selfimprove import recipe_file, store
 from selfimprove.report import terminal
+from selfimprove.status import summary
 
 
 def test_a_resumed_stage_tells_its_own_speed_and_what_it_has_cost(monkeypatch):
@@ -32,3 +35,16 @@ def test_a_count_whose_cost_grows_is_one_bar(monkeypatch):
         assert "judging ($0.04)" in last
         assert "$0.03" not in last
         assert len(watcher._bars.tasks) == 1
+
+
+def test_a_narrow_terminal_breaks_scores_and_cuts_none(fake_run):
+    run = store.Run(fake_run)
+    told = summary(run, recipe_file.load(run.recipe_file))
+    wide, narrow = io.StringIO(), io.StringIO()
+    for out, width in ((wide, 200), (narrow, 40)):
+        console = Console(file=out, width=width)
+        console.print(terminal.evaluations(told))
+    for number in re.findall(r"\.\d{3}", wide.getvalue()):
+        assert number in narrow.getvalue()
+    Console(file=narrow, width=40).print(terminal.stages_table(told))
+    assert "…" not in narrow.getvalue()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -191,7 +191,7 @@ def iterations_table(summary: dict[str, Any]) -> Table:
         padding=(0, 1, 0, 0),
     )
     for heading in ("", "greedy", "vs base", "sampled", "vs base"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading, overflow="fold")
     for name, entry in _evaluated(summary):
         if not entry["scores"]:
             table.add_row(name, *["-"] * 4)
@@ -210,7 +210,7 @@ def _benchmarks_table(summary: dict[str, Any], names: Sequence[str]) -> Table:
     """One row an iteration, one column a benchmark."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("", *names):
-        table.add_column(Text(heading), no_wrap=True)
+        table.add_column(Text(heading), overflow="fold")
     for name, entry in _evaluated(summary):
         known = entry.get("benchmarks")
         table.add_row(name, *(score(known[benchmark]) if known else "-" for benchmark in names))
@@ -232,7 +232,8 @@ def stages_table(summary: dict[str, Any]) -> Table:
     """One row a stage: state, rows, seconds."""
     table = Table()
     for heading in ("iteration", "stage", "state", "in", "out", "quarantined", "seconds"):
-        table.add_column(heading, justify="right" if heading in ("in", "out", "quarantined", "seconds") else "left")
+        justify: Literal["left", "right"] = "right" if heading in ("in", "out", "quarantined", "seconds") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for entry in [summary["base"], *summary["iterations"]]:
         for stage in entry["stages"]:
             cells = [stage["rows_in"], stage["rows_out"], stage["quarantined"], stage["seconds"]]
