@@ -227,7 +227,7 @@ def iterate(
         if stale := next((e for e in todo if e.status == "stale"), None):
             raise UserError(
                 f"{stale.step.directory} is not what this recipe makes: {stale.reason}",
-                f"selfimprove resume {run.name} --from {called(stale.step)} makes it and what follows anew",
+                f"{_undo(stale)}selfimprove resume {run.name} --from {called(stale.step)} makes it and what follows anew",
             )
         if selection.only and todo:
             _fed(run, selection.only, every)
@@ -278,6 +278,11 @@ def iterate(
         if todo:
             run.write_state("done")
     return Outcome(len(todo), time.monotonic() - began)
+
+
+def _undo(stale: Examined) -> str:
+    """How to have the artifact as it is, where a file outside the run is why it is stale."""
+    return "put the file back as it was; or " if stale.reason.startswith("data.") else ""
 
 
 def execute(
@@ -475,7 +480,7 @@ def set_aside(run: Run, chosen: Recipe, stage: str) -> list[str]:
     """Move a stage's artifact and whatever was made from it out of the way, into `aside/`; returns what was moved.
 
     Raises:
-        UserError: no such stage, or another one is stale that would stand in the way.
+        UserError: no such stage, or an earlier one is stale.
     """
     step = find_step(chosen, stage)
     with run.lock():
@@ -484,13 +489,15 @@ def set_aside(run: Run, chosen: Recipe, stage: str) -> list[str]:
 
 
 def _move_aside(run: Run, chosen: Recipe, step: Step, kept: Mirror | None) -> list[str]:
-    affected = dependents(chosen, [step.directory])
-    others = [e for e in examine(run, chosen) if e.status == "stale" and e.step.directory not in affected]
-    if others:
+    order = [one.directory for one in steps(chosen)]
+    stale = {e.step.directory: e for e in examine(run, chosen) if e.status == "stale"}
+    if earlier := [e for name, e in stale.items() if order.index(name) < order.index(step.directory)]:
+        first = earlier[0]
         raise UserError(
-            f"{others[0].step.directory} is stale too ({others[0].reason}), and is not made from {step.directory}",
-            f"begin there: selfimprove resume {run.name} --from {called(others[0].step)}",
+            f"{first.step.directory} is stale too ({first.reason}), and is not made from {step.directory}",
+            f"begin there: selfimprove resume {run.name} --from {called(first.step)}",
         )
+    affected = dependents(chosen, [step.directory, *stale])  # what is stale later on must be made anew as well
     if kept:  # first there: what was set aside here alone would come back
         kept.set_aside(affected)
     return move_aside(run, affected)

@@ -248,6 +248,29 @@ class TestStale:
         planned = {p["stage"]: p["why"] for p in json.loads(selfimprove("plan", "r", "--json").out)}
         assert planned["1-synthesize"] == f"data.seeds changed ({Path('seeds.jsonl').resolve()})"
 
+    def test_hints_after_a_changed_input_file_lead_out(self, cut_data):
+        before = Path("seeds.jsonl").read_text()
+        assert selfimprove("iterate", "--run", "r", *TINY).code == 0
+        with Path("seeds.jsonl").open("a") as file:
+            file.write('{"prompt": "Sort: b a.", "completion": "a b"}\n')
+        broken = selfimprove("verify", "r")
+        stale = ["iter-000/2-control", "iter-001/1-synthesize"]  # neither is made from the other
+        seeds = f"data.seeds changed ({Path('seeds.jsonl').resolve()})"
+        lines = [f"runs/r/{name} is not what recipe.toml makes: {seeds}" for name in stale]
+        assert broken.out.splitlines()[:-1] == lines  # no row is held against the file of now
+        assert "put the file back as it was" in broken.err
+        told = selfimprove("resume", "r").err
+        assert "hint: put the file back as it was; or selfimprove resume r --from 0/control makes it" in told
+        assert "--from 0/control" in selfimprove("resume", "r", "--from", "1/synthesize").err
+        Path("seeds.jsonl").write_text(before)
+        assert selfimprove("verify", "r").code == 0  # nothing was touched
+        Path("seeds.jsonl").write_text(before + '{"prompt": "Sort: b a.", "completion": "a b"}\n')
+        result = selfimprove("resume", "r", "--from", "0/control")
+        assert result.code == 0, result.err
+        assert selfimprove("verify", "r").code == 0
+        aside = {str(Path(*found.parts[-2:])) for found in Path("runs/r/aside").glob("*/iter-*/*")}
+        assert aside >= set(stale)
+
     def test_a_changed_function_of_the_users_own_is_named(self, cut_data):
         file = Path("graders_of_a_run.py")
         file.write_text("def grade(prompt, completion, answer):\n    return float(len(completion))\n")

@@ -73,7 +73,8 @@ def _meaning(run: Run, chosen: Recipe, broken: list[Problem], notes: list[str], 
             broken.append(Problem(f"{run.path / directory} is no stage of {run.recipe_file}", directory))
     faulty = {problem.directory for problem in broken if problem.directory}
     faulty |= {name for name in known if files.torn(run.path, name)}
-    broken += [Problem(sentence, None) for sentence in _stale(run, chosen, faulty, notes)]
+    stale = dict(_stale(run, chosen, faulty, notes))
+    broken += [Problem(sentence, None) for sentences in stale.values() for sentence in sentences]
     sources = Sources(run, chosen)
     published = [s for s in known.values() if (run.path / s.directory / "manifest.json").is_file()]
     sound = [s for s in published if not ({s.directory} | upstream(s)) & faulty]
@@ -81,20 +82,23 @@ def _meaning(run: Run, chosen: Recipe, broken: list[Problem], notes: list[str], 
         progress("checking", number, len(sound))
         if upstream(step) & faulty:  # found just now
             continue
-        found = list(_of_step(run, chosen, step, sources, notes))
+        found = list(_of_step(run, chosen, step, sources, notes, step.directory not in stale))
         broken += [Problem(sentence, step.directory) for sentence in found]
         if found:
             faulty.add(step.directory)
     progress("checking", len(sound), len(sound))
 
 
-def _of_step(run: Run, chosen: Recipe, step: Step, sources: Sources, notes: list[str]) -> Iterator[str]:
+def _of_step(
+    run: Run, chosen: Recipe, step: Step, sources: Sources, notes: list[str], comparable: bool
+) -> Iterator[str]:
+    """What is wrong in one artifact; one that was made from other inputs is not held against those of now."""
     manifest = read_manifest(run.path / step.directory)
     assert manifest is not None  # it was looked at
     at = At(run, chosen, step, manifest, sources)
     wrong = list(rows.check(at))
     yield from wrong
-    if wrong:  # rows that cannot be read, or are of another kind, can be held against nothing
+    if wrong or not comparable:  # rows that cannot be read, or are of another kind, can be held against nothing
         return
     for check in (rows.contract, lineage.check, derive.check):
         try:
@@ -105,8 +109,10 @@ def _of_step(run: Run, chosen: Recipe, step: Step, sources: Sources, notes: list
             notes.append(f"{step.directory}: not checked whole: {error.message}")
 
 
-def _stale(run: Run, chosen: Recipe, faulty: Collection[str], notes: list[str]) -> Iterator[str]:
-    """Artifacts that the run's recipe does not make, or whose inputs are not those that are there now."""
+def _stale(
+    run: Run, chosen: Recipe, faulty: Collection[str], notes: list[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Artifacts that the run's recipe does not make, or whose inputs are not those that are there now, and why."""
     try:
         examined = examine(run, chosen)
     except (UserError, ValueError, KeyError, OSError):
@@ -118,14 +124,16 @@ def _stale(run: Run, chosen: Recipe, faulty: Collection[str], notes: list[str]) 
         where = run.path / one.step.directory
         if one.status != "stale" or one.step.directory in beyond:
             continue
-        others = []
+        sentences, others = [], []
         for reason in one.reason.split("; "):
             if reason.endswith("will be made again"):
                 lacking = [name for name in re.findall(r"iter-\d+/[\w-]+", reason) if not (run.path / name).exists()]
-                yield from (f"{where} was made from {name}, which is not there" for name in lacking)
+                sentences += [f"{where} was made from {name}, which is not there" for name in lacking]
             elif " is gone" in reason:
                 notes.append(f"{where}: {reason}")
             else:
                 others.append(reason)
         if others:
-            yield f"{where} is not what {run.recipe_file.name} makes: {'; '.join(others)}"
+            sentences.append(f"{where} is not what {run.recipe_file.name} makes: {'; '.join(others)}")
+        if sentences:
+            yield one.step.directory, sentences
