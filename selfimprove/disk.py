@@ -19,7 +19,7 @@ LARGEST_RESERVE = 256 * MIB  # bytes that stay free on a large disk ...
 RESERVE_SHARE = 0.01  # ... and the share of a small one
 WATCH_SECONDS = 1.0
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FAILING = (errno.EIO, errno.EROFS)  # ext4 turns read-only after an error
+FAILING = (errno.EIO, errno.EROFS)
 
 
 def free(path: Path) -> tuple[int, int]:
@@ -101,10 +101,15 @@ def told_of(error: BaseException, path: Path, directory: str) -> UserError | Non
     """The sentence for what a full or failing disk made somebody raise; None for anything else."""
     number = number_of(error)
     if number in FULL:
-        return UserError(f"the disk is full: {directory} was not written", mend(path))
+        return UserError(f"the disk of {path} is full: {directory} was not written", mend(path))
+    if number == errno.EROFS:
+        return UserError(
+            f"the disk of {path} is read-only: {directory} was not written",
+            f"mount it for writing (Linux turns it read-only after an error, see dmesg), then {_again(path)}",
+        )
     if number in FAILING:
         return UserError(
-            f"the disk fails ({os.strerror(number)}): {directory} was not written",
+            f"the disk of {path} fails ({os.strerror(number)}): {directory} was not written",
             f"see what the system says of it (dmesg), then {_again(path)}",
         )
     return None

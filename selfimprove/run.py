@@ -227,7 +227,7 @@ def iterate(
         if stale := next((e for e in todo if e.status == "stale"), None):
             raise UserError(
                 f"{stale.step.directory} is not what this recipe makes: {stale.reason}",
-                f"{_undo(stale)}selfimprove resume {run.name} --from {called(stale.step)} makes it and what follows anew",
+                f"{_undo(stale)}selfimprove resume {run.name} --from {called(stale.step)} makes it and the rest anew",
             )
         if selection.only and todo:
             _fed(run, selection.only, every)
@@ -261,6 +261,8 @@ def iterate(
                         ahead = None
                     behind.push(step.directory)
                 except BaseException as error:
+                    if isinstance(error, UserError):  # who raised it may not have known which run this is
+                        error.hint = error.hint.replace("resume RUN", f"resume {run.name}")
                     mended = disk.told_of(error, run.path, step.directory)
                     ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                     with contextlib.suppress(OSError):  # on a full disk even this may fail

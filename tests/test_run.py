@@ -201,7 +201,7 @@ class TestResume:
         result = selfimprove("resume", "fake")
         assert result.code == 1
         assert "Traceback" not in result.err
-        assert f"the disk is full: iter-002/{'5-evaluate' if where == 'rows' else '4-train'}" in result.err
+        assert f"the disk of runs/fake is full: iter-002/{'5-evaluate' if where == 'rows' else '4-train'}" in result.err
         assert "selfimprove resume fake" in result.err
         assert not list(fake_run.glob("iter-*/*.partial"))
         if where != "state":
@@ -260,7 +260,10 @@ class TestStale:
         assert broken.out.splitlines()[:-1] == lines  # no row is held against the file of now
         assert "put the file back as it was" in broken.err
         told = selfimprove("resume", "r").err
-        assert "hint: put the file back as it was; or selfimprove resume r --from 0/control makes it" in told
+        assert (
+            "hint: put the file back as it was; or selfimprove resume r --from 0/control makes it and the rest anew"
+            in told
+        )
         assert "--from 0/control" in selfimprove("resume", "r", "--from", "1/synthesize").err
         Path("seeds.jsonl").write_text(before)
         assert selfimprove("verify", "r").code == 0  # nothing was touched

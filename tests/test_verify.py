@@ -262,6 +262,34 @@ class TestAround:
         result = selfimprove("verify", "fake")
         assert (result.code, "out of date" in result.err) == (0, True), result.out
 
+    def test_a_report_written_while_an_input_was_missing_is_out_of_date(self, cut_data):
+        assert selfimprove("iterate", "--run", "r", "--rounds", "1", *QUICK).code == 0
+        Path("seeds.jsonl").rename("away.jsonl")
+        assert selfimprove("report", "r").code == 0
+        Path("away.jsonl").rename("seeds.jsonl")
+        result = selfimprove("verify", "r")
+        assert result.code == 0, result.out
+        assert "report.html is out of date" in result.err
+
+    def test_a_link_that_a_killed_run_has_not_moved_yet_is_no_fault(self, fake_run):
+        (fake_run / "latest").unlink()
+        (fake_run / "latest").symlink_to("iter-001")
+        assert selfimprove("verify", "fake").code == 3
+        store.Run(fake_run).write_state("stopped", 2, "5-evaluate")
+        result = selfimprove("verify", "fake")
+        assert result.code == 0, result.out
+        moves = "points to iter-001, and the latest round is iter-002; selfimprove resume fake moves it"
+        assert moves in result.err
+        assert selfimprove("resume", "fake").code == 0
+        assert (fake_run / "latest").readlink() == Path("iter-002")
+
+    def test_a_template_that_was_altered_is_named_and_set_aside(self, fake_run):
+        text = min((fake_run / plan.TEMPLATES).iterdir())
+        text.write_text(text.read_text() + "x")
+        assert sentences(fake_run) == [f"{text} is not the template of that hash"]
+        assert selfimprove("verify", "fake", "--repair").code == 0
+        assert sentences(fake_run) == []
+
     def test_files_too_many_and_links_out_of_the_run(self, fake_run, tmp_path):
         (fake_run / LABEL / "more.txt").write_text("")
         (fake_run / LABEL / "elsewhere").symlink_to(tmp_path)

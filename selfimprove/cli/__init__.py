@@ -3,6 +3,7 @@
 stdout is data, stderr is talk. Exit codes: 0 done, 1 user error, 2 usage, 3 the answer is no, 130 interrupted.
 """
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -39,8 +40,16 @@ def main_options(
     """Options of the program itself."""
 
 
+def _open_what_is_closed() -> None:
+    """After `>&-`, the next file to be opened would take the stream's number, and all that is printed to it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
 def main() -> NoReturn:
     """The program: what the user can mend is one sentence and a hint, anything else keeps its traceback."""
+    _open_what_is_closed()
     try:
         app()
     except UserError as error:

@@ -130,12 +130,14 @@ def push(
     """Keep whatever a run has published in a store as well: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or a folder."""
     from rich.console import Console
 
+    from selfimprove import boundary
     from selfimprove.disk import told
     from selfimprove.remote import mirror
     from selfimprove.report.escape import line
     from selfimprove.report.progress import Moving
 
     found, chosen = open_run(run)
+    boundary.refuse_links(found.path)
     kept = mirror.of(to or chosen.machine.store, found)
     if kept is None:
         raise UsageError(

@@ -91,7 +91,8 @@ def _go(name: str, chosen: Any, again: str | None, until: str | None, only: str 
                 tell=lambda sentence: talk.print(sentence, highlight=False, soft_wrap=True),
             )
     except KeyboardInterrupt:
-        talk.print(f"\nstopped; selfimprove resume {name} goes on where it stopped", highlight=False)
+        how = f"selfimprove resume {name} goes on where it stopped" if found.exists() else "nothing was begun"
+        talk.print(f"\nstopped; {how}", highlight=False)
         raise typer.Exit(130) from None
     Console().print(terminal.evaluations(summary(found, chosen)))
     if outcome.made:

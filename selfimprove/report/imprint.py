@@ -9,6 +9,7 @@ import re
 from typing import Any, NamedTuple
 
 from selfimprove import __version__
+from selfimprove.plan import examine
 from selfimprove.recipe import Recipe
 from selfimprove.recipe_file import dump
 from selfimprove.store import Run, key_of, sha256
@@ -49,7 +50,10 @@ def read(page: str) -> Imprint | None:
 
 
 def fingerprint(run: Run, recipe: Recipe) -> str:
-    """A hash of all that a page is made from: manifests, which hold the hash of every file, recipe, state and links."""
+    """A hash of all that a page is made from: manifests, which hold the hash of every file, recipe, state and links.
+
+    What became of the files outside the run is in the reasons why a stage is stale.
+    """
     state = run.read_state()
     links = {name: str(p.readlink()) for name in ("latest", "best") if (p := run.path / name).is_symlink()}
     manifests = {
@@ -64,6 +68,7 @@ def fingerprint(run: Run, recipe: Recipe) -> str:
             "about": run.about(),
             "links": links,
             "manifests": manifests,
+            "stale": {one.step.directory: one.reason for one in examine(run, recipe) if one.status == "stale"},
         }
     )
 

@@ -49,6 +49,7 @@ def verify(run: Run, progress: Progress = lambda what, done, total: None) -> Fou
     notes += hashed.notes
     broken += [Problem(sentence, None, file) for sentence, file in root.check(run, chosen)]
     if chosen is not None:
+        notes += root.notes(run, chosen)
         _meaning(run, chosen, broken, notes, progress)
         if not broken:
             told = page.check(run, chosen)
@@ -109,9 +110,7 @@ def _of_step(
             notes.append(f"{step.directory}: not checked whole: {error.message}")
 
 
-def _stale(
-    run: Run, chosen: Recipe, faulty: Collection[str], notes: list[str]
-) -> Iterator[tuple[str, list[str]]]:
+def _stale(run: Run, chosen: Recipe, faulty: Collection[str], notes: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Artifacts that the run's recipe does not make, or whose inputs are not those that are there now, and why."""
     try:
         examined = examine(run, chosen)

@@ -1,4 +1,4 @@
-"""What a run keeps beside its artifacts: run.json, digests.json, the links to the latest and the best round."""
+"""What a run keeps beside its artifacts: run.json, digests.json, templates, the links to the latest and the best."""
 
 import json
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from selfimprove.errors import UserError
+from selfimprove.plan import TEMPLATES
 from selfimprove.recipe import Recipe
 from selfimprove.status import standing
 from selfimprove.store import Run, key_of, model_files, sha256
@@ -23,12 +24,21 @@ def check(run: Run, chosen: Recipe | None) -> Iterator[tuple[str, str | None]]:
             yield f"{path} {wrong}", mended
         elif name == DIGESTS and told:
             yield from ((f"{path} has a wrong hash of {outside}", mended) for outside in _wrong_digests(told))
+    for text in sorted((run.path / TEMPLATES).glob("*")):
+        if text.is_file() and not text.is_symlink() and sha256(text) != text.name and text.suffix != ".tmp":
+            yield f"{text} is not the template of that hash", f"{TEMPLATES}/{text.name}"
     for name in ("latest", "best"):
         link = run.path / name
         if link.is_symlink() and len(link.readlink().parts) != 1:
             yield f"{link} points out of the run", name
     if chosen is not None:
-        yield from _links(run, chosen)
+        yield from ((sentence, name) for sentence, name, behind in _links(run, chosen) if not behind)
+
+
+def notes(run: Run, chosen: Recipe) -> list[str]:
+    """Links that a run which did not come to its end has not moved yet."""
+    later = f"selfimprove resume {run.name} moves it"
+    return [f"{sentence}; {later}" for sentence, _, behind in _links(run, chosen) if behind]
 
 
 def _table(path: Path) -> tuple[dict[str, Any], str]:
@@ -60,7 +70,10 @@ def _wrong_digests(told: dict[str, Any]) -> Iterator[str]:
                 yield name
 
 
-def _links(run: Run, chosen: Recipe) -> Iterator[tuple[str, str | None]]:
+def _links(run: Run, chosen: Recipe) -> Iterator[tuple[str, str, bool]]:
+    """What is wrong with a link, its name, and whether it is only that the run was killed before it moved it."""
+    state = run.read_state()
+    unfinished = state is not None and state.state != "done"
     try:
         found = standing(run, chosen)
     except (UserError, OSError, ValueError, KeyError, TypeError):
@@ -69,6 +82,8 @@ def _links(run: Run, chosen: Recipe) -> Iterator[tuple[str, str | None]]:
         link = run.path / name
         wanted = f"iter-{number:03d}"
         if not link.is_symlink():
-            yield f"{link} is missing: it would point to {wanted}", name
+            yield f"{link} is missing: it would point to {wanted}", name, unfinished
         elif link.readlink() != Path(wanted) and len(link.readlink().parts) == 1:
-            yield f"{link} points to {link.readlink()}, and the {name} round is {wanted}", name
+            earlier = str(link.readlink()) < wanted and (run.path / link.readlink()).is_dir()
+            sentence = f"{link} points to {link.readlink()}, and the {name} round is {wanted}"
+            yield sentence, name, unfinished and name == "latest" and earlier

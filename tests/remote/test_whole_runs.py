@@ -200,6 +200,10 @@ def test_the_commands_say_what_they_lack(at_kept_run):
     lacking = selfimprove("push", "r")
     assert lacking.code == 2
     assert "selfimprove push r --to" in lacking.err
+    outside = Path("runs/r/iter-001/3-label/notes")
+    outside.symlink_to(Path("else").resolve())
+    assert "notes is a symlink, which is not followed" in selfimprove("push", "r", "--to", "else").err
+    outside.unlink()
     name = next(Path("else/r/iter-001/3-label").glob("*/pairs-00000.parquet"))
     name.write_bytes(b"x" * name.stat().st_size)
     verified = selfimprove("push", "r", "--to", "else", "--verify")
