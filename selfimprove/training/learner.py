@@ -21,7 +21,7 @@ from selfimprove.training import distributed, noise
 from selfimprove.training.distributed import World
 from selfimprove.training.job import PairRow, Tree
 from selfimprove.training.logps import EMPTY, Scorer, sums, tolerance
-from selfimprove.training.losses import Bound, Quantities, reward_margins
+from selfimprove.training.losses import Bound, Quantities, implicit_rewards
 from selfimprove.training.packing import share, size, trees_of
 from selfimprove.training.pair_losses import ByPair
 from selfimprove.training.player import Player
@@ -388,7 +388,7 @@ class Learner:
         shown["logps/chosen"] = q.policy_chosen_logps.mean().item()
         if not any(pair.rejected_ids for pair in batch.pairs):  # supervised fine-tuning
             return shown
-        better, worse = (self.bound.beta * reward for reward in reward_margins(q))
+        better, worse = implicit_rewards(self.bound, q)
         self.by_pair = self.by_pair._replace(margins=(better - worse).tolist())
         shown |= {
             "logps/rejected": q.policy_rejected_logps.mean().item(),

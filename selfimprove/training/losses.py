@@ -294,6 +294,7 @@ class Spec(NamedTuple):
     needs: frozenset[str] = frozenset()  # further inputs
     state: Callable[[int, Mapping[str, Any]], State] | None = None  # from seed and parameters
     by_pair: bool = True  # see Bound
+    summed: bool = False  # see Bound
 
 
 LOSSES: Mapping[str, Spec] = {
@@ -304,7 +305,7 @@ LOSSES: Mapping[str, Spec] = {
     "ipo": Spec(ipo),
     "ipo_sum": Spec(ipo_sum),
     "hinge": Spec(hinge),
-    "slic_hf": Spec(slic_hf, references=0),
+    "slic_hf": Spec(slic_hf, references=0, summed=True),
     "simpo": Spec(simpo, references=0),
     "simpo_hinge": Spec(simpo_hinge, references=0),
     "simpo_two_sided": Spec(simpo_two_sided, references=0),
@@ -331,8 +332,8 @@ LOSSES: Mapping[str, Spec] = {
     "rpo": Spec(rpo),
     "sft": Spec(sft, references=0),
     "orpo": Spec(orpo, references=0),
-    "cpo": Spec(cpo, references=0),
-    "arpo": Spec(arpo, references=0),
+    "cpo": Spec(cpo, references=0, summed=True),
+    "arpo": Spec(arpo, references=0, summed=True),
     "beta_dpo": Spec(coupling.beta_dpo, coupled=True, state=coupling.beta_selection),
     "wpo": Spec(wpo, needs=frozenset({"concentration"})),
     "mrpo": Spec(mrpo, references=2),
@@ -394,6 +395,7 @@ class Bound(NamedTuple):
     needs: frozenset[str]
     state: State | None
     by_pair: bool = True  # whether an entry is a pair's own, which it is not where the batch is sorted
+    summed: bool = False  # whether it compares answers by summed log-probs without a reference, not by their means
 
 
 def of(section: Train, seed: int = 0) -> Bound:
@@ -422,7 +424,8 @@ def _bound(choice: Choice, seed: int) -> Bound:
     p = {name: p.default for name, p in inspect.signature(function).parameters.items() if name != "q"}
     state = spec.state(seed, p) if spec.state else None
     coupled = spec.coupled or p.get("nll") == "batch"
-    return Bound(function, p.get("beta", 1.0), spec.references, coupled, spec.needs, state, spec.by_pair)
+    beta = p.get("beta", 1.0)
+    return Bound(function, beta, spec.references, coupled, spec.needs, state, spec.by_pair, spec.summed)
 
 
 def _mixed(choices: Sequence[Choice], seed: int) -> Bound:
@@ -434,14 +437,16 @@ def _mixed(choices: Sequence[Choice], seed: int) -> Bound:
         for i, choice in enumerate(choices)
     ]
     states = [member.state for member in members]
+    scaled = [m for m in members if "beta" in inspect.signature(m.function).parameters]
     return Bound(
         function=partial(_weighted_sum, members=members, weights=weights),
-        beta=next((m.beta for m in members if "beta" in inspect.signature(m.function).parameters), 1.0),
+        beta=scaled[0].beta if scaled else 1.0,
         references=max(member.references for member in members),
         coupled=any(member.coupled for member in members),
         needs=frozenset().union(*(member.needs for member in members)),
         state=coupling.Mixed(states) if any(state is not None for state in states) else None,
         by_pair=all(member.by_pair for member in members),
+        summed=bool(scaled) and scaled[0].summed,
     )
 
 
@@ -463,7 +468,16 @@ def _weighted_sum(q: Quantities, *, members: Sequence[Bound], weights: Sequence[
     return total
 
 
-def reward_margins(q: Quantities) -> tuple[Tensor, Tensor]:
-    """Implicit rewards over beta of chosen and rejected: log-ratios, or mean log-probs without a reference."""
+def implicit_rewards(bound: Bound, q: Quantities) -> tuple[Tensor, Tensor]:
+    """What the policy holds chosen and rejected for, as its loss measures it, times beta.
+
+    Log-ratios, or without a reference the log-probs themselves: sums for CPO and its like, means per token for SimPO's.
+    """
     with torch.no_grad():
-        return q.means() if q.reference_chosen_logps is None else q.rewards()
+        if q.reference_chosen_logps is not None:
+            chosen, rejected = q.rewards()
+        elif bound.summed:
+            chosen, rejected = q.policy_chosen_logps, q.policy_rejected_logps
+        else:
+            chosen, rejected = q.means()
+        return bound.beta * chosen, bound.beta * rejected

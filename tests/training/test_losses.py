@@ -316,7 +316,7 @@ def test_a_stateful_loss_refuses_what_its_state_has_not_filled(name):
 
 def test_the_loss_of_a_recipe_has_its_parameters_bound():
     bound = losses.of(_section({"name": "simpo", "beta": 4.0, "gamma": 0.5}))
-    assert bound[1:] == (4.0, 0, False, frozenset(), None, True)
+    assert bound[1:] == (4.0, 0, False, frozenset(), None, True, False)
     torch.testing.assert_close(bound.function(_quantities()), losses.simpo(_quantities(), beta=4.0, gamma=0.5))
 
 
@@ -346,7 +346,7 @@ def test_a_mix_is_the_weighted_sum_of_its_members():
     ]
     mix, q = _of(*loss), _quantities()
     assert _of(*loss[1:], loss[0]).beta == 0.1  # of kto, the first that has one; sft has none
-    assert mix[1:] == (0.2, 2, True, {"mismatched"}, None, True)
+    assert mix[1:] == (0.2, 2, True, {"mismatched"}, None, True, False)
     parts = [losses.dpo(q, beta=0.2), losses.sft(q), coupling.kto(q), losses.mrpo(q)]
     expected = sum(entry["weight"] * part.mean() for entry, part in zip(loss, parts, strict=True))
     assert mix.function(q).shape == (8,)
@@ -415,10 +415,32 @@ def test_what_cannot_work_is_refused_with_a_hint(loss, references, says):
     assert raised.value.hint
 
 
-def test_shown_rewards_are_log_ratios_or_mean_log_probs():
-    q = _quantities()
-    for found, expected in zip(losses.reward_margins(q), q.rewards(), strict=True):
-        assert torch.equal(found, expected.detach())
-        assert not found.requires_grad
-    chosen, _ = losses.reward_margins(q._replace(reference_chosen_logps=None, reference_rejected_logps=None))
-    torch.testing.assert_close(chosen, (q.policy_chosen_logps / q.chosen_tokens).detach())
+@pytest.mark.parametrize(
+    ("loss", "of_gap"),
+    [
+        ({"name": "dpo", "beta": 0.3}, lambda gap: -torch.nn.functional.logsigmoid(gap)),
+        ({"name": "hinge", "beta": 0.3}, lambda gap: (1 - gap).relu()),
+        ({"name": "cpo", "beta": 0.02, "nll_weight": 0}, lambda gap: -torch.nn.functional.logsigmoid(gap)),
+        ({"name": "slic_hf", "beta": 0.7, "nll_weight": 0}, lambda gap: (1 - gap).relu()),
+        ({"name": "simpo", "beta": 2.5, "gamma": 0.5}, lambda gap: -torch.nn.functional.logsigmoid(gap - 0.5)),
+        ({"name": "simpo_hinge", "beta": 2.5, "gamma": 0.5}, lambda gap: (1.5 - gap).relu()),
+    ],
+)
+def test_a_loss_is_a_function_of_the_gap_of_the_shown_rewards(loss, of_gap):
+    q, bound = _quantities(), _of(loss)
+    if not bound.references:
+        q = q._replace(reference_chosen_logps=None, reference_rejected_logps=None)
+    chosen, rejected = losses.implicit_rewards(bound, q)
+    assert not chosen.requires_grad
+    torch.testing.assert_close(of_gap(chosen - rejected), _value(bound, q).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_mix_shows_the_rewards_of_its_first_member_with_a_scale():
+    q = _quantities()._replace(reference_chosen_logps=None, reference_rejected_logps=None)
+    mixed = [{"name": "sft", "weight": 0.5}, {"name": "cpo", "beta": 0.02, "weight": 0.5}]
+    for found, expected in zip(
+        losses.implicit_rewards(_of(*mixed), q),
+        losses.implicit_rewards(_of({"name": "cpo", "beta": 0.02}), q),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
