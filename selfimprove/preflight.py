@@ -24,14 +24,53 @@ def check(chosen: Recipe) -> None:
     Raises:
         UserError: a missing file, an unknown judge, rule or loss, a model directory that cannot serve.
     """
-    devices(chosen.machine)
-    if chosen.machine.store:
-        Store(chosen.machine.store)
-    evaluate.check(chosen.evaluate)
+    settings(chosen)
     apart(chosen)
     measurable(chosen)
     if chosen.synthesize:
         data.read_paragraphs(data.locate(chosen.data.corpus, "corpus"))
+    directory = locate_model(chosen.model.path)
+    positions = checkpoints.configuration(directory).get("max_position_embeddings")
+    if positions is not None and chosen.engine.max_model_len > positions and chosen.engine.kind != "fake":
+        raise UserError(
+            f"engine.max_model_len = {chosen.engine.max_model_len}, but the model has {positions} positions",
+            f"set engine.max_model_len to {positions} or less",
+        )
+    seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
+    chunks = [chosen.at(iteration).train.chunks for iteration in range(1, chosen.rounds + 1)]
+    by_source = any(one is not None and one.by == "source" for one in chunks)
+    if by_source and len({seed.source for seed in seeds}) < 2:
+        raise UserError(
+            "train.chunks by source needs seeds of two data sources or more",
+            "name the 'source' of each row of data.seeds, or set train.chunks.by = \"pair\"",
+        )
+    rendered = chat.Chat(directory)
+    longer: dict[str, int] = {}
+    for seed in seeds:  # the template must keep the prompt a prefix, and add one BOS
+        completion = rendered.completion_ids(seed.prompt, seed.completion)
+        length = len(rendered.prompt_ids(seed.prompt)) + len(completion)
+        if length > chosen.engine.max_model_len:
+            longer[seed.prompt_id] = length
+    if longer:
+        first = ", ".join(f"'{name}' has {length}" for name, length in list(longer.items())[:5])
+        more = f", and {len(longer) - 5} more" if len(longer) > 5 else ""
+        raise UserError(
+            f"{len(longer)} of {len(seeds)} seeds have more tokens than engine.max_model_len ="
+            f" {chosen.engine.max_model_len}: {first}{more}",
+            f"shorten or remove them, or set engine.max_model_len to {max(longer.values())}",
+        )
+
+
+def settings(chosen: Recipe) -> None:
+    """Whatever can be known to be wrong without the data.
+
+    Raises:
+        UserError: an unknown judge, rule or loss, a combination that cannot work, a judge's model that cannot serve.
+    """
+    devices(chosen.machine)
+    if chosen.machine.store:
+        Store(chosen.machine.store)
+    evaluate.check(chosen.evaluate)
     rounds = [chosen.at(iteration) for iteration in range(1, chosen.rounds + 1)]
     for iteration, now in enumerate(rounds, 1):
         if iteration == 1 or now != rounds[iteration - 2]:
@@ -45,29 +84,6 @@ def check(chosen: Recipe) -> None:
                 locate_model(now.train.reference_path)
         if iteration > 1:
             follows(now, rounds[iteration - 2], iteration)
-    directory = locate_model(chosen.model.path)
-    positions = checkpoints.configuration(directory).get("max_position_embeddings")
-    if positions is not None and chosen.engine.max_model_len > positions and chosen.engine.kind != "fake":
-        raise UserError(
-            f"engine.max_model_len = {chosen.engine.max_model_len}, but the model has {positions} positions",
-            f"set engine.max_model_len to {positions} or less",
-        )
-    seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
-    by_source = any(now.train.chunks and now.train.chunks.by == "source" for now in rounds)
-    if by_source and len({seed.source for seed in seeds}) < 2:
-        raise UserError(
-            "train.chunks by source needs seeds of two data sources or more",
-            "name the 'source' of each row of data.seeds, or set train.chunks.by = \"pair\"",
-        )
-    rendered = chat.Chat(directory)
-    for seed in seeds:  # the template must keep the prompt a prefix, and add one BOS
-        completion = rendered.completion_ids(seed.prompt, seed.completion)
-        length = len(rendered.prompt_ids(seed.prompt)) + len(completion)
-        if length > chosen.engine.max_model_len:
-            raise UserError(
-                f"seed '{seed.prompt_id}' has {length} tokens, engine.max_model_len is {chosen.engine.max_model_len}",
-                "shorten or remove the seed, or raise engine.max_model_len",
-            )
 
 
 def devices(machine: Machine) -> None:
@@ -131,13 +147,22 @@ def _located(benchmark: Benchmark) -> list[Path]:
 
 
 def measurable(chosen: Recipe) -> None:
-    """Whether the files of benchmarks can be read, and have what their judges need.
+    """Whether the files of held-out prompts and benchmarks can be read, and have what their judges need.
 
     Raises:
         UserError: a file is missing or wrong, or a reference answer is missing.
     """
     from selfimprove.evaluation import kinds
 
+    if judges.needs_answer(chosen.evaluate.judge):
+        for what, path in [("heldout", chosen.data.heldout), ("selection", chosen.data.selection)]:
+            rows = data.read_heldout(data.locate(path, what), what) if path else []
+            if bare := [row.prompt_id for row in rows if row.answer is None]:
+                raise UserError(
+                    f"evaluate.judge needs reference answers, and {len(bare)} of {len(rows)} prompts of data.{what}"
+                    f" have none, the first is '{bare[0]}'",
+                    "give every row an 'answer', or choose another evaluate.judge",
+                )
     for benchmark in chosen.evaluate.benchmarks or []:
         files = _located(benchmark)
         if benchmark.kind == lm_harness.KIND:

@@ -36,6 +36,8 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
     model = locate_model(chosen.model.path)
     rendered = chat.Chat(model)
+    held_out = data.read_heldout(data.locate(chosen.data.heldout, "heldout"))
+    doubled = len(held_out) - len({data.fold(row.prompt) for row in held_out})
     others = [*seeds[1:], seeds[0]]
     rows = [
         PairRow(
@@ -53,6 +55,10 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     return [
         Rehearsed("recipe, data and model", "fit together"),
         *stored,
+        Rehearsed(
+            "held-out prompts",
+            f"{len(held_out)}, {f'{doubled} of them again; each counts on its own' if doubled else 'each once'}",
+        ),
         Rehearsed("rows", f"{len(kept)} of {len(rows)} can be trained on, {len(dropped)} dropped, none truncated"),
         Rehearsed("end token", f"trained in {ended} of {len(kept)} chosen answers"),
         Rehearsed("prompt", "the template renders it as a prefix of prompt and answer, with at most one BOS"),

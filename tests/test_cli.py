@@ -108,11 +108,18 @@ class TestBadInput:
         told = selfimprove("iterate", "--set", "data.seeds=seeds.jsonl", "--set", "data.heldout=heldout.jsonl")
         refused(told, 1, "1 prompts of data.seeds stand in data.heldout too, the first is 'seed-00001'")
 
-    def test_a_seed_longer_than_the_context(self):
-        row = json.dumps({"id": "long", "prompt": "Sort: b a.", "completion": "a b " * 100_000})
-        Path("seeds.jsonl").write_text(row + '\n{"prompt": "Sort: d c.", "completion": "c d"}\n')
+    def test_seeds_longer_than_the_context(self):
+        rows = [{"id": f"long-{k}", "prompt": "Sort: b a.", "completion": "a b " * 1000 * k} for k in range(1, 8)]
+        rows.append({"prompt": "Sort: d c.", "completion": "c d"})
+        Path("seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         told = selfimprove("iterate", "--set", "data.seeds=seeds.jsonl")
-        refused(told, 1, "seed 'long' has ", "tokens, engine.max_model_len is 256")
+        refused(told, 1, "7 of 8 seeds have more tokens than engine.max_model_len = 256: 'long-1' has ", "and 2 more")
+
+    def test_held_out_prompts_without_the_answers_that_the_judge_needs(self):
+        Path("heldout.jsonl").write_text('{"prompt": "Sort: f e.", "answer": "e f"}\n{"prompt": "Sort: g f."}\n')
+        given = ("--set", "data.heldout=heldout.jsonl", "--set", "evaluate.judge.checker=exact")
+        lacking = "1 of 2 prompts of data.heldout have none, the first is 'heldout-00001'"
+        refused(selfimprove("check", "default", *given), 1, "evaluate.judge needs reference answers", lacking)
 
     def test_a_chat_template_that_is_no_template(self, model):
         config = json.loads((model / "tokenizer_config.json").read_text()) | {"chat_template": "{% for"}

@@ -129,6 +129,9 @@ class TestReasons:
         assert told["0/evaluate"]["why"] == "data.heldout is gone (other.jsonl)"
         told = planned("r", "--set", "data.seeds=heldout.jsonl")
         assert told["1/synthesize"]["why"] == f"data.seeds changed ({Path('heldout.jsonl').resolve()})"
+        refused = selfimprove("plan", "r", "--set", "train.loss.beta=abc")
+        assert refused.code == 1
+        assert "parameter 'beta': input should be a valid number" in refused.err
 
 
 def _span(text: str) -> tuple[int, int]:

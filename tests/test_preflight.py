@@ -18,8 +18,17 @@ def test_every_shipped_recipe_passes(name):
     assert result.code == 0, result.err
     found = {entry["what"]: entry["found"] for entry in json.loads(result.out)}
     assert found["rows"] == "650 of 650 can be trained on, 0 dropped, none truncated"
+    assert found["held-out prompts"] == "650, each once"
     assert found["end token"] == "trained in 650 of 650 chosen answers"
     assert "equals plain rows" in found["packed forward"]
+
+
+def test_held_out_prompts_that_stand_there_twice_are_told(in_tmp):
+    rows = '{"prompt": "Sort: f e.", "answer": "e f"}\n{"prompt": "sort f, e", "answer": "e f"}\n'
+    (in_tmp / "heldout.jsonl").write_text(rows)
+    told = selfimprove("check", "spin", "--json", "--set", "data.heldout=heldout.jsonl")
+    found = {entry["what"]: entry["found"] for entry in json.loads(told.out)}
+    assert found["held-out prompts"] == "2, 1 of them again; each counts on its own"
 
 
 def test_the_first_loss_is_log_2_for_spin():

@@ -87,7 +87,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What would run, stage by stage, why, and what it would take; with --machine also how it spreads over one."""
-    from selfimprove import estimates, machine_file, placement, recipe_file
+    from selfimprove import estimates, machine_file, placement, preflight, recipe_file
     from selfimprove.plan import examine
     from selfimprove.run import place, select
 
@@ -96,12 +96,12 @@ def plan(
     if (RUNS / run / "recipe.toml").is_file():
         found, _ = open_run(run)
         chosen = recipe_file.absolute(recipe_file.load(found.recipe_file, settings, machine=keys))
+        if settings:
+            preflight.settings(chosen)
     else:
-        from selfimprove.preflight import check
-
         chosen = recipe_file.absolute(recipe_file.load(recipe_file.find(run), settings, machine=keys))
         found = place(RUNS, chosen.name)
-        check(chosen)
+        preflight.check(chosen)
     selection = select(chosen, again, until, only)
     examined = examine(found, chosen, selection.again)
     survey = estimates.survey(found, chosen, examined)
