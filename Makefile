@@ -82,7 +82,7 @@ chaos: setup  ## kill runs of the default COUNT=200 times, then every drill at l
 	CHAOS_FULL=1 CHAOS_KILLS=40 CHAOS_READERS=50 $(BIN)/python -m pytest -n0 -s --timeout=3600 tests/chaos
 
 docs: setup  ## regenerate docs/cli.md, docs/losses.md and docs/health.md
-	$(BIN)/python docs/make_cli.py && $(BIN)/python docs/make_losses.py && $(BIN)/python docs/make_health.py
+	$(BIN)/python docs/make_cli.py && $(BIN)/python docs/make_losses.py && $(BIN)/python docs/make_recipe.py && $(BIN)/python docs/make_health.py
 
 # needs uv, and the torch CPU wheel in UV_FIND_LINKS
 UVC = uv pip compile -q pyproject.toml --python-version 3.11 --no-annotate --custom-compile-command "make lock"

@@ -73,13 +73,13 @@ class Choice(pydantic.BaseModel):
 class Model(Section):
     """The model a run starts from: `demo:model`, a local directory, or a hub id such as `org/name`."""
 
-    path: str = "demo:model"
+    path: str = "demo:model"  # its tokenizer has a chat template
 
 
 class Data(Section):
     """Input files; `demo:NAME` is shipped with the package."""
 
-    seeds: str = "demo:seeds"  # JSON lines or Parquet: prompt, completion (gold), or what `exchanges` knows
+    seeds: str = "demo:seeds"  # JSON lines or Parquet: prompt and completion (gold), or a form of docs/concepts.md
     corpus: str = "demo:corpus"  # plain text, one paragraph a line; keywords are drawn from it
     heldout: str = "demo:heldout"  # the same forms; the answer may be missing; never enters training
     selection: str | None = None  # the same, other prompts: what the gate looks at, so that reports stay untouched
@@ -90,8 +90,8 @@ class Sampling(Section):
 
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(64, ge=1)
-    stop: list[str] = []
+    max_tokens: int = Field(64, ge=1)  # of a completion; one that is cut there is marked as truncated
+    stop: list[str] = []  # texts at which a completion ends
 
 
 class Adapter(Section):
@@ -100,7 +100,7 @@ class Adapter(Section):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     target_modules: list[str] | None = Field(None, min_length=1)  # unset = every linear layer but the head
-    quantize: Literal["nf4"] | None = None
+    quantize: Literal["nf4"] | None = None  # of the base weights while training; unset = they stay as they are
 
 
 class Optimizer(Section):
@@ -110,9 +110,9 @@ class Optimizer(Section):
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(32, ge=1)  # pairs or examples per optimiser step, of all processes together
     scheduler: Literal["linear", "cosine", "constant_with_warmup", "inverse_sqrt"] = "linear"
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(0.1, ge=0, le=1)  # of all optimiser steps
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)  # of all gradients together; a longer one is shortened to it
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and moments stay float32
     adapter: Adapter | None = None  # unset = full fine-tuning
     max_length: int | None = Field(None, ge=2)  # tokens of prompt + answer; longer rows are dropped and counted
@@ -142,7 +142,7 @@ class Generate(Section):
     n: int = Field(ge=1)  # completions per prompt by the current policy
     initial_n: int = Field(0, ge=0)  # and by the initial one, where a method compares with it
     policy: Literal["current", "average"] = "current"  # "average" = of the iterations' policies, see train.average
-    splice: Splice | None = None
+    splice: Splice | None = None  # unset = whole completions
     sampling: Sampling = Sampling()
 
 
@@ -162,7 +162,7 @@ class Discriminate(Section):
     judge: Choice  # gives the gold labels
     labels: int = Field(ge=1)  # prompts that it judges per iteration
     acquisition: Literal["confidence", "random"] = "confidence"  # the last discriminator's smallest score gap first
-    beta: float = Field(0.05, gt=0)
+    beta: float = Field(0.05, gt=0)  # of its DPO
     optimizer: Optimizer
 
 
@@ -187,12 +187,12 @@ class Label(Section):
 
     acquire: Acquire | None = None  # unset = all prompts are labelled
     judge: Choice | None = None  # not for rules that look at no score, as SPIN's
-    pairing: Choice
+    pairing: Choice  # the rule
     min_margin: float = Field(0.0, ge=0)  # smallest score gap of a pair
     max_length_ratio: float | None = Field(None, gt=0)  # of chosen to rejected, in tokens
     relabel: bool = False  # earlier pairs are scored again, turned where the scores say so, and join this iteration's
     quota: int | None = Field(None, ge=1)  # pairs kept per iteration
-    audit: Audit | None = None
+    audit: Audit | None = None  # unset = the judge is not asked again
 
 
 class Sync(Section):
@@ -213,20 +213,20 @@ class Chunks(Section):
 class Noise(Section):
     """DNPO's noise on the reference's logits of the rejected answer (arXiv 2502.05400), or one of its two controls."""
 
-    kind: Literal["trainable", "fixed_sigma", "constant_margin"] = "trainable"
+    kind: Literal["trainable", "fixed_sigma", "constant_margin"] = "trainable"  # scale to learning_rate are its own
     scale: float = Field(0.5, gt=0)  # c, sigma where the net says nothing; well below the bound
     alpha: float = Field(1.0, ge=0)  # weight of the mean sigma
     bound: float = Field(4.0, gt=0)  # largest sigma; a mean near it stops the training
     learning_rate: float | None = Field(None, gt=0)  # of the noise net; unset = the policy's
-    sigma: float = Field(0.5, ge=0)  # fixed_sigma
-    margin: float = Field(1.0, ge=0)  # constant_margin, in nats
+    sigma: float = Field(0.5, ge=0)  # of fixed_sigma
+    margin: float = Field(1.0, ge=0)  # of constant_margin, in nats
 
 
 class Search(Section):
     """SynPO's search for beta, on pairs of prompts kept out of the training until it is chosen."""
 
-    betas: list[float] = Field(min_length=2)
-    heldout_share: float = Field(0.1, gt=0, lt=1)
+    betas: list[float] = Field(min_length=2)  # the one that ranks most kept-out pairs right is taken
+    heldout_share: float = Field(0.1, gt=0, lt=1)  # of the prompts
 
 
 class Replay(Section):
@@ -245,15 +245,15 @@ class Train(Section):
     loss: Choice | list[Choice]  # a list is a convex mix, each with its `weight`
     reference: ReferenceName | list[ReferenceName] | None = None  # "previous" = the policy the iteration starts with
     reference_path: str | None = None  # of the reference "path": a directory or hub id
-    reference_sync: Sync | None = None
-    start: Literal["initial", "previous"] = "previous"
+    reference_sync: Sync | None = None  # unset = the reference stays
+    start: Literal["initial", "previous"] = "previous"  # the policy that is trained: the run's or the last round's
     pairs: Literal["current", "previous_and_current", "all"] = "current"  # of which iterations
-    replay: Replay | None = None
-    search: Search | None = None
+    replay: Replay | None = None  # unset = each pair once an epoch
+    search: Search | None = None  # unset = the loss's own beta
     ema_decay: float | None = Field(None, gt=0, lt=1)  # of the average that the reference "ema" is
     average: float | None = Field(None, gt=0, lt=1)  # average <- this * average + (1 - this) * policy, each iteration
-    chunks: Chunks | None = None
-    noise: Noise | None = None
+    chunks: Chunks | None = None  # unset = all pairs in one training
+    noise: Noise | None = None  # unset = none
     extrapolate: float | None = Field(None, gt=0)  # ExPO (arXiv 2404.16792): theta + alpha * (theta - start)
     optimizer: Optimizer
 
@@ -316,10 +316,10 @@ class Benchmark(Section):
 class Evaluate(Section):
     """Held-out accuracy, greedy and sampled; and benchmarks beside it."""
 
-    judge: Choice
-    n: int = Field(4, ge=1)  # sampled completions per prompt
-    temperature: float = Field(1.0, gt=0)
-    max_tokens: int = Field(64, ge=1)
+    judge: Choice  # a checker or function that asks no model
+    n: int = Field(4, ge=1)  # sampled completions per prompt, besides the greedy one
+    temperature: float = Field(1.0, gt=0)  # of the sampled ones
+    max_tokens: int = Field(64, ge=1)  # of a completion
     benchmarks: list[Benchmark] | None = Field(None, min_length=1)
 
     @pydantic.model_validator(mode="after")
@@ -348,7 +348,7 @@ class Gate(Section):
     The gate looks at data.selection alone; what is reported is data.heldout, which it never sees.
     """
 
-    metric: Metric = "sampled"
+    metric: Metric = "sampled"  # the accuracy that a promotion goes by
     level: float = Field(0.05, gt=0, lt=0.5)  # chance that a run without gain promotes any round
     min_gain: float = Field(0.0, ge=0)  # promote where the gain's lower bound is above it
     guards: list[Metric] = ["greedy"]  # none of them may be surely worse ...
@@ -369,8 +369,8 @@ class Sft(Section):
 class Edit(Section):
     """What is different, by dotted names: `drop` removes, then `set` replaces or adds."""
 
-    set: dict[str, Any] = {}
-    drop: list[str] = []
+    set: dict[str, Any] = {}  # values by dotted name: { "train.loss.beta" = 0.2 }
+    drop: list[str] = []  # dotted names
 
     def apply(self, table: dict[str, Any]) -> None:
         """Change a recipe's table in place.
@@ -390,10 +390,13 @@ class Edit(Section):
 
 
 class Change(Edit):
-    """What is different in some rounds."""
+    """What is different in some rounds, of all stages but evaluate and gate: `drop` removes, then `set` gives values.
 
-    first: int = Field(1, ge=1)
-    last: int | None = Field(None, ge=1)  # unset = to the end
+    A recipe may have several; they are applied in order.
+    """
+
+    first: int = Field(1, ge=1)  # round
+    last: int | None = Field(None, ge=1)  # round; unset = to the end
 
 
 class Control(Section):
@@ -405,25 +408,25 @@ class Control(Section):
 class Engine(Section):
     """What samples; the numerics of a sample depend on it, so it enters the keys of the stages that sample."""
 
-    kind: Literal["vllm", "transformers", "fake"] = "vllm"
+    kind: Literal["vllm", "transformers", "fake"] = "vllm"  # "fake" computes no model: for rehearsals in seconds
     dtype: Literal["float32", "bfloat16"] = "float32"
-    max_model_len: int = Field(512, ge=16)
+    max_model_len: int = Field(512, ge=16)  # tokens of prompt + completion
 
 
 class Server(Section):
     """An OpenAI-compatible server that judges ask as `model = "server:NAME"`; `url` and `model` enter keys."""
 
     url: str = Field(pattern=r"^https?://")  # up to and with /v1
-    model: str
+    model: str  # as the server calls it
     api_key_env: str | None = None  # the environment variable that holds the key; unset = none is sent
     structured_output: bool = False  # the server shapes replies by a JSON schema
     # how to ask, in no key:
-    concurrency: int = Field(16, ge=1, le=1000)
-    requests_per_minute: int | None = Field(None, ge=1)
+    concurrency: int = Field(16, ge=1, le=1000)  # requests under way at once
+    requests_per_minute: int | None = Field(None, ge=1)  # unset = no limit
     timeout_seconds: float = Field(120.0, gt=0)  # of one attempt
-    attempts: int = Field(6, ge=1)
+    attempts: int = Field(6, ge=1)  # of one request, with growing pauses
     input_price: float = Field(0.0, ge=0)  # USD per million tokens
-    output_price: float = Field(0.0, ge=0)
+    output_price: float = Field(0.0, ge=0)  # USD per million tokens
     ceiling_usd: float | None = Field(None, gt=0)  # of a stage, for this server; it stops there, to be resumed
 
     @property
@@ -451,13 +454,13 @@ class Machine(Section):
     """How to run; enters no key."""
 
     kv_cache_gib: int = Field(1, ge=1)  # vLLM on CPU
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)  # vLLM on GPU
-    max_num_seqs: int = Field(256, ge=1)
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)  # vLLM on GPU: share of the memory that it takes
+    max_num_seqs: int = Field(256, ge=1)  # completions that the engine makes at once
     engine_timeout_s: float = Field(1800, gt=0)  # without a step or a reply: the engine hangs, and is started again
     threads: int | None = Field(None, ge=1)  # CPU threads of engine and of each training process; unset = all
     train_tokens: int = Field(8192, ge=1)  # tokens per forward and backward pass of training
     logits_mib: int = Field(256, ge=1)  # largest (tokens, vocabulary) tensor of training
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # less memory for a second forward pass
     executor: Literal["local", "static", "ray"] = "local"  # who does the shards of generating, scoring, judging
     workers: int = Field(1, ge=1)  # of `local` and `ray`, each with an engine of its own
     tensor_parallel: int = Field(1, ge=1)  # GPUs of one engine
@@ -466,9 +469,9 @@ class Machine(Section):
     nodes: int = Field(1, ge=1)  # of training
     rendezvous: str | None = None  # host:port of torchrun's, the same on all nodes; unset = the scheduler's variables
     store: str | None = None  # where published artifacts are kept too: a folder or a URL of fsspec (s3://, gs://)
-    sharding: Literal["ddp", "fsdp"] = "ddp"
+    sharding: Literal["ddp", "fsdp"] = "ddp"  # "fsdp" spreads weights, gradients and moments over the processes
     checkpoint_steps: int = Field(100, ge=1)  # optimiser steps between training checkpoints
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []  # that get the metrics as well
 
     @pydantic.model_validator(mode="after")
     def _belongs_to_the_executor(self) -> Self:
@@ -484,8 +487,8 @@ class Machine(Section):
 class Recipe(Section):
     """One experiment."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    seed: int = Field(0, ge=0)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # of its runs, where --run gives no other
+    seed: int = Field(0, ge=0)  # of all that is drawn
     rounds: int = Field(4, ge=1, le=999)  # iterations are named by three digits
     stages: list[Literal["synthesize", "generate", "improve", "discriminate", "label", "train", "evaluate", "gate"]]
     model: Model = Model()

@@ -34,7 +34,7 @@ def test_the_tutorial_runs_as_it_is_written(in_tmp, monkeypatch):
     assert (in_tmp / "runs/trial").is_dir()
 
 
-@pytest.mark.parametrize("page", ["cli", "losses", "health"])
+@pytest.mark.parametrize("page", ["cli", "losses", "recipe", "health"])
 def test_a_generated_page_is_what_the_program_says(page):
     spec = importlib.util.spec_from_file_location(f"make_{page}", ROOT / "docs" / f"make_{page}.py")
     module = importlib.util.module_from_spec(spec)
