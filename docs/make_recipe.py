@@ -32,8 +32,8 @@ set on the command line by its dotted name, the value as TOML or plain text:
 
 A *choice* is a function by name with its parameters, `{ name = "simpo", beta = 2.0 }`: losses are in
 [Losses](losses.md), judges and pairing rules in [Judges](judges.md). The default *needed* means that there is none,
-*unset* that the key is absent; what that means stands beside it. What is in `[machine]`, and how a server is asked, says
-how to work and enters no result's key; all other keys do.
+*unset* that the key is absent; what that means stands beside it. What is in `[machine]`, and how a server is asked,
+says how to work and enters no result's key; all other keys do.
 """
 SHARED = {Optimizer: "train.optimizer", Adapter: "train.optimizer.adapter", Sampling: "generate.sampling"}  # told once
 CONDITIONS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}", "min_length": "{} or more"}

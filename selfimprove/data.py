@@ -223,6 +223,19 @@ def read_heldout(path: Path, what: str = "heldout") -> list[HeldOut]:
     return _checked(rows, path)
 
 
+def count(path: Path, *, as_lines: bool = False) -> int | None:
+    """Rows of an input file, or its lines that are not empty; None of one that holds no rows, as a task's YAML.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if as_lines:
+        return len(read_paragraphs(path))
+    if path.suffix in (".yaml", ".yml"):
+        return None
+    return sum(1 for _ in _rows(path))
+
+
 def read_paragraphs(path: Path) -> list[str]:
     """The non-empty lines of the corpus."""
     lines = [line.strip() for line in textfile.read(path, "check data.corpus of the recipe").splitlines()]

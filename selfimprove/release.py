@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selfimprove import collected, method
+from selfimprove import collected, data, method
 from selfimprove.comparison import compared
 from selfimprove.errors import UserError
 from selfimprove.method import anonymous
@@ -206,15 +206,12 @@ def _base(run: Run, chosen: Recipe, every: Sequence[Step]) -> Model:
 def _data(run: Run, chosen: Recipe, every: Sequence[Step]) -> list[DataFile]:
     """The input files that stages up to the iteration have read, by the hashes in their manifests."""
     sources = Sources(run, chosen)
-    names: dict[str, str] = chosen.data.model_dump(exclude_none=True)
     found: dict[str, DataFile] = {}
     for name, source, digest in _outside(run, every, "inputs", "file:"):
-        rows = None
-        if sources.digest(source) == digest:
-            with sources.path(source).open(encoding="utf-8-sig") as lines:
-                rows = sum(bool(text.strip()) for text in lines)
         key = source.removeprefix("file:")
-        found.setdefault(key, DataFile(name, anonymous(names[key]), digest, rows))
+        known = sources.digest(source) == digest
+        rows = data.count(sources.path(source), as_lines=key == "corpus") if known else None
+        found.setdefault(key, DataFile(name, anonymous(sources.files[key]), digest, rows))
     return list(found.values())
 
 

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from selfimprove.records import Pair
 from selfimprove.store import read_rows, sha256
 from tests.altered import change_manifest, change_recipe, decision, everything, gated, stage
-from tests.conftest import selfimprove
+from tests.conftest import QUICK, selfimprove
 
 HOSTILE = '<script>alert(1)</script> | `x` [link](javascript:alert(2)) <img src=x onerror="alert(3)">\x1b[31m'
 REAL_API = huggingface_hub.HfApi
@@ -163,6 +163,27 @@ class TestCards:
             assert f"| {pairs} | verifier (checker = demo_world) | {sha256(shard)} |" in card.text
         for column in Pair.__struct_fields__:
             assert column in card.text
+
+    def test_input_files_of_every_form_are_counted(self, cut_data):
+        import gzip
+
+        seeds = [json.loads(row) for row in Path("seeds.jsonl").read_text().splitlines()]
+        Path("seeds.json").write_text(json.dumps(seeds, indent=1))
+        held_out = Path("heldout.jsonl").read_bytes().splitlines(keepends=True)
+        with gzip.open("heldout.jsonl.gz", "wb") as file:
+            file.writelines(held_out[:30])
+        Path("other.jsonl").write_bytes(b"".join(held_out[30:]))
+        benchmark = '[{name="own", kind="prompts", path="other.jsonl", judge={name="verifier", checker="demo_world"}}]'
+        settings = ["data.seeds=seeds.json", "data.heldout=heldout.jsonl.gz", f"evaluate.benchmarks={benchmark}"]
+        given = [*QUICK, "--rounds", "1", *(word for one in settings for word in ("--set", one))]
+        made = selfimprove("iterate", "--run", "fake", *given)
+        assert made.code == 0, made.err
+        card = (exported() / "README.md").read_text()
+        assert "| seeds.json | prompts with gold answers | 40 |" in card
+        assert "| heldout.jsonl.gz | prompts of the scores below; they never enter training | 30 |" in card
+        assert "| other.jsonl | prompts of the benchmark own | 10 |" in card
+        assert selfimprove("report", "fake").code == 0
+        assert str(Path("other.jsonl").resolve()) in Path("runs/fake/report.html").read_text()
 
     def test_nothing_says_where_it_was_made(self, fake_run, tmp_path):
         place = str(tmp_path / "secret-place" / "seeds.jsonl")

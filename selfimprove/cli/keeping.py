@@ -180,7 +180,8 @@ def pull(
     print(found.path)
     for sentence in told or ["nothing was missing here"]:
         print(line(sentence), file=sys.stderr)
-    print(f"\nhint: selfimprove resume {found.name}", file=sys.stderr)
+    where = "" if runs.resolve() == RUNS.resolve() else f"move it into a folder called {RUNS}, beside which: "
+    print(f"\nhint: {where}selfimprove resume {found.name}", file=sys.stderr)
 
 
 @app.command(rich_help_panel=PANEL)

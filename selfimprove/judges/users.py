@@ -1,15 +1,20 @@
-"""The user's own checkers: Python functions that a recipe names."""
+"""The user's own checkers: Python functions that a recipe names.
+
+They may print and call `sys.exit`, which is then neither our output nor our end.
+"""
 
 import contextlib
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from selfimprove.errors import UserError
 
+_ASIDE = threading.RLock()
 FORM = 'function = "package.module:name", of the current directory or of an installed package'
 
 
@@ -24,10 +29,10 @@ def load(function: str) -> Callable[[str, str, str | None], Any]:
         raise UserError(f"'{function}' names no function", FORM)
     if module.partition(".")[0] in sys.stdlib_module_names:
         raise UserError(f"'{function}' is a function of Python itself and no checker", FORM)
-    with _here():
+    with _here(), aside():
         try:
             found = getattr(importlib.import_module(module), name, None)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"cannot import '{module}': {type(error).__name__}: {error}", FORM) from None
     if not callable(found):
         raise UserError(f"'{module}' has no function '{name}'", FORM)
@@ -45,6 +50,13 @@ def source(function: str) -> Path | None:
         except (ImportError, ValueError):
             return None
     return Path(spec.origin) if spec and spec.origin and spec.has_location else None
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What the user's code prints goes to stderr, as stdout is data; one thread at a time, stdout being for all."""
+    with _ASIDE, contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 @contextlib.contextmanager

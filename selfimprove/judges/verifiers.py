@@ -2,6 +2,7 @@
 
 import functools
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from selfimprove import constraints
 from selfimprove.constraints import language
 from selfimprove.demo import world
 from selfimprove.errors import UserError
-from selfimprove.judges import numeric, programs
+from selfimprove.judges import numeric, programs, users
 from selfimprove.judges.protocol import Candidate, Opinion, Panel, squeezed
 from selfimprove.judges.schemas import schema_checker
 from selfimprove.judges.users import load, source
@@ -147,14 +148,19 @@ def _python(function: str) -> Check:
 
     def check(candidate: Candidate) -> Opinion:
         try:
-            found = call(candidate.prompt, candidate.text, candidate.answer)
-        except Exception as error:
+            with users.aside():
+                found = call(candidate.prompt, candidate.text, candidate.answer)
+        except (Exception, SystemExit) as error:  # a library of theirs may call sys.exit
             return Opinion(None, f"{function} raised {type(error).__name__}: {error}")
         if found is None:
             return Opinion(None, f"{function} does not know")
-        if not isinstance(found, int | float) or not math.isfinite(found):
-            return Opinion(None, f"{function} returned {found!r}"[:200])
-        return Opinion(float(found))
+        try:
+            score = float(found) if isinstance(found, int | float) else math.nan
+        except OverflowError:
+            score = math.inf
+        if not math.isfinite(score):
+            return Opinion(None, f"{function} returned {reprlib.repr(found)}")
+        return Opinion(score)
 
     return check
 

@@ -32,6 +32,12 @@ COLUMNS = {
 }
 
 
+def _of_benchmark(name: str) -> str:
+    """What `benchmark:KIND:NAME` or `answers:NAME` is for."""
+    what, *_, benchmark = name.split(":")
+    return f"{'answers that belong to' if what == 'answers' else 'prompts of'} the benchmark {line(benchmark)}"
+
+
 def model(made: Release, repo: str | None) -> str:
     """The model card; `repo` where it is pushed to."""
     from huggingface_hub import ModelCardData
@@ -63,7 +69,7 @@ def model(made: Release, repo: str | None) -> str:
             (of, of.manifest.metrics, _counted(of.manifest.metrics["policy rows dropped"])) for of in made.trained
         ],
         labelled=made.labelled,
-        roles=ROLES,
+        roles=ROLES | {of.name: _of_benchmark(of.name) for of in made.data if ":" in of.name},
         limits=list(_limits(made)),
         settings=_fenced(settings(made.recipe)),
     )

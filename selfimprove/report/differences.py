@@ -33,7 +33,7 @@ def _stages(told: Mapping[str, Any]) -> Table:
     """Rows and cost of both, stage by stage."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("stage", "in", "out", "quarantined", "tokens", "seconds", "USD"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "stage" else "right", overflow="fold")
     for stage in told["stages"]:
         cells = [_cells(stage[which]) for which in ("old", "new")]
         table.add_row(line(stage["stage"]), *(a if a == b else f"{a} -> {b}" for a, b in zip(*cells, strict=True)))

@@ -107,8 +107,17 @@ def run(io: StageIO, section: recipe.Label) -> None:
     if not pairs.rows:
         raise UserError(
             f"iteration {io.iteration}: no prompt gave a pair ({_reasons(io, labels)})",
-            "more samples (generate.n), another judge or another pairing rule",
+            f"{_ways_out(io, section)}more samples (generate.n), another judge or another pairing rule",
         )
+
+
+def _ways_out(io: StageIO, section: recipe.Label) -> str:
+    """The settings that spoke against pairs, if any."""
+    against = {
+        "score gap too small": f"a lower label.min_margin than {section.min_margin:g}",
+        "chosen answer too long": f"a higher label.max_length_ratio than {section.max_length_ratio or 0:g}",
+    }
+    return "".join(f"{way}, " for reason, way in against.items() if io.out.quarantined.get(reason))
 
 
 def _pairs(io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, labels: Labels) -> Iterator[Pair]:

@@ -339,20 +339,33 @@ def test_humaneval_through_the_judge():
 # the user's own function
 
 
-def test_a_function_of_the_current_directory(in_tmp):
+def test_a_function_of_the_current_directory(in_tmp, capsys):
     (in_tmp / "own_checks.py").write_text(
+        "import sys\n"
+        "print('loaded')\n"
         "def grade(prompt, completion, answer):\n"
-        "    return {'yes': True, 'half': 0.5, 'none': None, 'text': 'x', 'nan': float('nan')}[completion]\n",
+        "    print('asked')\n"
+        "    if completion == 'end':\n"
+        "        sys.exit(0)\n"
+        "    return {'big': 10**400, 'yes': True, 'half': 0.5, 'none': None, 'text': 'x', 'nan': float('nan')}"
+        "[completion]\n",
         encoding="utf-8",
     )
-    texts = ["yes", "half", "none", "text", "nan", "other"]
+    texts = ["yes", "half", "none", "text", "nan", "other", "end", "big"]
     found = verifier([_candidate(t) for t in texts], checker="python", function="own_checks:grade")
-    assert [o.score for o in found] == [1.0, 0.5, None, None, None, None]
+    assert [o.score for o in found] == [1.0, 0.5, None, None, None, None, None, None]
+    out, err = capsys.readouterr()
+    assert not out  # which is for data
+    assert err == "loaded\n" + "asked\n" * 8
+    big = found.pop()
+    assert big.reason.startswith("own_checks:grade returned 1000")
+    assert len(big.reason) < 100
     assert [o.reason for o in found[2:]] == [
         "own_checks:grade does not know",
         "own_checks:grade returned 'x'",
         "own_checks:grade returned nan",
         "own_checks:grade raised KeyError: 'other'",
+        "own_checks:grade raised SystemExit: 0",
     ]
 
 
