@@ -30,7 +30,8 @@ def check(chosen: Recipe) -> None:
     if chosen.synthesize:
         data.read_paragraphs(data.locate(chosen.data.corpus, "corpus"))
     directory = locate_model(chosen.model.path)
-    positions = checkpoints.configuration(directory).get("max_position_embeddings")
+    config = checkpoints.configuration(directory)
+    positions = config.get("max_position_embeddings", config.get("n_positions"))  # the second: GPT-2 and its like
     if positions is not None and chosen.engine.max_model_len > positions and chosen.engine.kind != "fake":
         raise UserError(
             f"engine.max_model_len = {chosen.engine.max_model_len}, but the model has {positions} positions",

@@ -97,7 +97,7 @@ class Sampling(Section):
 class Adapter(Section):
     """LoRA (arXiv 2106.09685), or QLoRA (arXiv 2305.14314) with `quantize`; merged in full precision at the end."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=65536)
     alpha: float = Field(32.0, gt=0)
     target_modules: list[str] | None = Field(None, min_length=1)  # unset = every linear layer but the head
     quantize: Literal["nf4"] | None = None  # of the base weights while training; unset = they stay as they are
@@ -107,8 +107,8 @@ class Optimizer(Section):
     """One pass of training with AdamW; schedulers are those of transformers, after a linear warm-up."""
 
     learning_rate: float = Field(gt=0)
-    epochs: int = Field(1, ge=1)
-    batch_size: int = Field(32, ge=1)  # pairs or examples per optimiser step, of all processes together
+    epochs: int = Field(1, ge=1, le=10_000)
+    batch_size: int = Field(32, ge=1, le=10**7)  # pairs or examples per optimiser step, of all processes together
     scheduler: Literal["linear", "cosine", "constant_with_warmup", "inverse_sqrt"] = "linear"
     warmup_ratio: float = Field(0.1, ge=0, le=1)  # of all optimiser steps
     weight_decay: float = Field(0.0, ge=0)
@@ -206,7 +206,7 @@ class Chunks(Section):
     """sDPO (arXiv 2403.19270): steps inside one stage, each from and against the policy of the step before."""
 
     by: Literal["pair", "source"] = "pair"  # "source": the pairs of one data source stay together, as in the paper
-    number: int = Field(2, ge=2)
+    number: int = Field(2, ge=2, le=10_000)
     order: Literal["easy_to_hard", "random", "given"] = "easy_to_hard"  # easy: M_0 prefers the chosen answer clearly
 
 
@@ -459,13 +459,13 @@ class Machine(Section):
     engine_timeout_s: float = Field(1800, gt=0)  # without a step or a reply: the engine hangs, and is started again
     threads: int | None = Field(None, ge=1)  # CPU threads of engine and of each training process; unset = all
     train_tokens: int = Field(8192, ge=1)  # tokens per forward and backward pass of training
-    logits_mib: int = Field(256, ge=1)  # largest (tokens, vocabulary) tensor of training
+    logits_mib: int = Field(256, ge=1, le=2**20)  # largest (tokens, vocabulary) tensor of training
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     executor: Literal["local", "static", "ray"] = "local"  # who does the shards of generating, scoring, judging
     workers: int = Field(1, ge=1)  # of `local` and `ray`, each with an engine of its own
     tensor_parallel: int = Field(1, ge=1)  # GPUs of one engine
     ray_address: str | None = None  # of a running cluster, as ray.init takes it; unset = a local one
-    num_processes: int = Field(1, ge=1)  # of training, on each node
+    num_processes: int = Field(1, ge=1, le=1024)  # of training, on each node
     nodes: int = Field(1, ge=1)  # of training
     rendezvous: str | None = None  # host:port of torchrun's, the same on all nodes; unset = the scheduler's variables
     store: str | None = None  # where published artifacts are kept too: a folder or a URL of fsspec (s3://, gs://)

@@ -74,11 +74,13 @@ def _first_step(chosen: Recipe, model: Path, rows: list[PairRow]) -> list[Rehear
     from selfimprove.training import adapters, losses
     from selfimprove.training.logps import Scorer, choose_mode, sums
     from selfimprove.training.packing import trees_of
+    from selfimprove.training.trainer import without_dropout
 
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **SAFE)
     if chosen.train.optimizer.adapter:
         adapters.attach(loaded, chosen.train.optimizer.adapter)
-    scorer = Scorer(loaded.eval())
+    without_dropout(loaded)  # as the training does
+    scorer = Scorer(loaded)
     shared = trees_of(rows)
     tried = choose_mode(scorer, shared.trees)
     forward = (

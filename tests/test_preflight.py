@@ -132,3 +132,18 @@ def test_a_reference_that_is_nowhere_is_said_at_once():
     )
     assert told.code == 1
     assert "no model directory '/no/such/model'" in told.err
+
+
+def test_positions_are_known_under_the_name_that_gpt_2_gives_them(in_tmp):
+    import shutil
+
+    from selfimprove.data import SHIPPED
+
+    shutil.copytree(SHIPPED["demo:model"], in_tmp / "model")
+    file = in_tmp / "model" / "config.json"
+    told = json.loads(file.read_text())
+    told["n_positions"] = told.pop("max_position_embeddings")
+    file.write_text(json.dumps(told))
+    result = selfimprove("check", "default", "--set", "model.path=model", "--set", "engine.max_model_len=4096")
+    assert result.code == 1
+    assert f"but the model has {told['n_positions']} positions" in result.err

@@ -195,11 +195,13 @@ class StageIO:
         rows: Sequence[PairRow],
         optimizer: recipe.Optimizer,
         dropped: Callable[[str, str], None] = lambda row_id, reason: None,
+        preferences: bool = True,
     ) -> list[PairRow]:
         """The rows that `train` would train on; see training.rows."""
         from selfimprove.training.rows import admit
 
-        return admit(rows, optimizer, self.chat.stop_token_ids, self.chat.tokenizer.bos_token_id, dropped)
+        bos = self.chat.tokenizer.bos_token_id
+        return admit(rows, optimizer, self.chat.stop_token_ids, bos, dropped, preferences)
 
     def train(
         self,
@@ -228,7 +230,7 @@ class StageIO:
             if quarantine and not trial:
                 self.out.quarantine(row_id, reason)
 
-        kept = self.admit(rows, optimizer, dropped)
+        kept = self.admit(rows, optimizer, dropped, preference is not None)
         folder = self.scratch / out if trial else self.out.partial
         metrics = "metrics.jsonl" if out == "policy" else f"{out}-metrics.jsonl"
         self.free_device()

@@ -120,9 +120,12 @@ class Learner:
         self.machine, self.world, self.references = machine, world, references
         self.player, self.margin = player, margin
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},  # norms, biases: as in TRL
+        ]
+        own = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(own, lr=settings.learning_rate, fused=True)
         warmup = round(settings.warmup_ratio * steps)
         self.schedule: Any = transformers.get_scheduler(settings.scheduler, self.optimizer, warmup, steps)
         self.steps_done = 0
@@ -313,12 +316,14 @@ class Learner:
         if not which:
             return Gradient(torch.zeros_like(policy), torch.zeros_like(noised), columns.policy.new_zeros(()))
         q = self._quantities(batch, columns, which, policy)
+        if self.margin:  # before a state looks at the gaps, which else would be others than the loss's
+            q = noise.shifted(q, self.margin)
         if self.bound.state is not None:
             q = self.bound.state.before(_detached(q))._replace(
                 policy_chosen_logps=q.policy_chosen_logps, policy_rejected_logps=q.policy_rejected_logps
             )
         if self.player is None:
-            model, player = self.bound.function(noise.shifted(q, self.margin) if self.margin else q), None
+            model, player = self.bound.function(q), None
         else:
             trained = self.player.net is not None
             beside = noise.Noised(noised[0, which].detach(), noised[1, which] if trained else None, noised[2, which])

@@ -161,6 +161,7 @@ def choose_mode(scorer: Scorer, trees: Sequence[Tree]) -> SelfTest:
     allowed = tolerance(scorer)
     scorer.use("padded")
     with _perturbed(scorer.model), torch.no_grad():
+        _check_repeats(scorer, trees)
         _check_head(scorer, trees)
         plain = torch.cat(
             [scorer(scorer.pack([Tree(t.prompt_ids, [r])])).logps for t in trees for r in t.responses if r]
@@ -182,6 +183,19 @@ def choose_mode(scorer: Scorer, trees: Sequence[Tree]) -> SelfTest:
 def tolerance(scorer: Scorer) -> float:
     """Of the narrowest dtype at work: a quantised base computes in bfloat16 whatever the log-probs are asked in."""
     return max(TOLERANCE[scorer.dtype], TOLERANCE[scorer.model.get_output_embeddings().weight.dtype])
+
+
+def _check_repeats(scorer: Scorer, trees: Sequence[Tree]) -> None:
+    """The same tokens twice: what is drawn anew each time, training can compare with nothing."""
+    tree = next(t for t in trees if any(t.responses))
+    packed = scorer.pack([Tree(tree.prompt_ids, [next(r for r in tree.responses if r)])])
+    difference = (scorer(packed).logps - scorer(packed).logps).abs().max().item()
+    if not difference <= tolerance(scorer):
+        raise UserError(
+            f"{type(scorer.model).__name__} gives other log-probs each time, {difference:.3g} nats apart: it draws"
+            " something at random while it trains, as dropout does",
+            "set what is random to 0 in the model's config.json: dropout, layerdrop, router jitter",
+        )
 
 
 def _check_head(scorer: Scorer, trees: Sequence[Tree]) -> None:

@@ -13,8 +13,17 @@ def admit(
     stop_token_ids: Sequence[int],
     bos_token_id: int | None,
     dropped: Callable[[str, str], None],
+    preferences: bool = True,
 ) -> list[PairRow]:
     """The rows that fit `max_length`; the others go to `dropped` with their reason, none is cut.
+
+    Args:
+        rows: pairs, or examples with a chosen answer alone where they are no `preferences`.
+        settings: of the training.
+        stop_token_ids: end tokens of the model.
+        bos_token_id: the model's, if it has one.
+        dropped: told the id of a row that is left out, and why.
+        preferences: whether rejected answers are trained on.
 
     A chosen answer in which a policy has sampled a BOS goes too: what it teaches, no chat template can render.
 
@@ -29,6 +38,8 @@ def admit(
         longest = len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
         if not row.chosen_ids:
             dropped(row.pair_id, "empty chosen answer")
+        elif preferences and not row.rejected_ids:
+            dropped(row.pair_id, "empty rejected answer")
         elif limit is not None and longest > limit:
             dropped(row.pair_id, "longer than max_length")
         elif bos in row.chosen_ids:

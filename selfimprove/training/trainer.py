@@ -54,12 +54,14 @@ def fit(job: Job, world: World) -> dict[str, float]:
     at = checkpoint.read_progress(resumed) if resumed else {"chunk": 0, "steps_done": 0}
     log = _Log(job, world, at.get("lines", 0), mode)
     chunks = _chunks(job, mode, world)
+    tokens = 0
     try:
         for number, rows in enumerate(chunks):
             if number < at["chunk"]:
                 continue
             batches = list(_batches(rows, job.optimizer, f"{job.seed}/{number}"))
-            learner = _learner(job, policy, module, rows, number, len(batches), world)
+            learner = _learner(job, policy, module, rows, number, len(batches), resumed is not None, world)
+            learner.tokens_done = tokens
             if resumed:
                 checkpoint.load(resumed, learner)
                 resumed = None
@@ -76,6 +78,7 @@ def fit(job: Job, world: World) -> dict[str, float]:
                 log.progress(sum(len(c) for c in chunks[:number]), step, batches)
                 if stop:
                     raise KeyboardInterrupt
+            tokens = learner.tokens_done
         log.publish()
     finally:
         log.close()
@@ -96,7 +99,7 @@ def _policy(job: Job, world: World) -> tuple[Scorer, torch.nn.Module]:
     adapter = job.optimizer.adapter
     attach = partial(adapters.attach, adapter=adapter) if adapter else None
     model = _model(job.start.path, job, world, attach)
-    _without_dropout(model)
+    without_dropout(model)
     if job.machine.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()  # else adapters alone leave nothing to differentiate at the first layer
@@ -146,14 +149,18 @@ def _wrapped(scorer: Scorer, directory: Path, job: Job, world: World) -> torch.n
     return module
 
 
-def _without_dropout(model: Any) -> None:
-    """Training mode, which gradient checkpointing needs, without what makes policy and reference differ at step 0."""
+def without_dropout(model: Any) -> None:
+    """Training mode, which gradient checkpointing needs, without what makes policy and reference differ at step 0.
+
+    Besides modules, models call functional dropout, skip layers or disturb a router by a number of their own.
+    """
     model.train()
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def _mode(job: Job, policy: Scorer, world: World) -> Mode:
@@ -169,7 +176,14 @@ def _mode(job: Job, policy: Scorer, world: World) -> Mode:
 
 
 def _learner(
-    job: Job, policy: Scorer, module: torch.nn.Module, rows: list[PairRow], chunk: int, steps: int, world: World
+    job: Job,
+    policy: Scorer,
+    module: torch.nn.Module,
+    rows: list[PairRow],
+    chunk: int,
+    steps: int,
+    resumed: bool,
+    world: World,
 ) -> Learner:
     section = job.preference
     known: list[Reference] = []
@@ -185,7 +199,7 @@ def _learner(
                 "a judge that scores the current policy's answers (label.judge), or another loss",
             )
         for name in section.references:
-            known.append(_reference(job, section, name, policy, module, rows, chunk, world))
+            known.append(_reference(job, section, name, policy, module, rows, chunk, resumed, world))
         if section.noise and section.noise.kind == "constant_margin":
             margin = section.noise.margin
         elif section.noise:
@@ -206,13 +220,20 @@ def _reference(
     module: torch.nn.Module,
     rows: list[PairRow],
     chunk: int,
+    resumed: bool,
     world: World,
 ) -> Reference:
     trees = list(trees_of(rows).trees)
     if "mismatched" in losses.of(section).needs:
         trees += [tree for batch in _batches(rows, job.optimizer, f"{job.seed}/{chunk}") for tree in _foreign(batch)]
-    if chunk > 0:  # sDPO: the policy at the start of the chunk, whose log-probs a resumed run must not score again
+    if chunk > 0:  # sDPO: the policy at the start of the chunk, which a resumed run has no more
         store = references.Store(job.scratch / f"reference-{chunk}")
+        if resumed and references.missing(trees, store.read()):
+            raise UserError(
+                f"reference log-probs in {job.scratch / f'reference-{chunk}'} are damaged or gone, and their policy has"
+                " moved on since",
+                f"remove {job.scratch}: this training then begins again",
+            )
         return references.cached(policy, module, trees, job.machine.train_tokens, world, store)
     if name == "ema" or section.reference_sync:
         source = job.start if name == "ema" else job.references[name]

@@ -29,6 +29,15 @@ def test_long_rows_are_dropped_whole_and_named():
     assert dropped == [("chosen", "longer than max_length"), ("rejected", "longer than max_length")]
 
 
+def test_an_empty_rejected_answer_is_no_row_of_preferences():
+    rows = [row("fits"), row("empty", rejected=0)]
+    kept, dropped = admitted(rows, max_dropped_share=0.5)
+    assert kept == rows[:1]
+    assert dropped == [("empty", "empty rejected answer")]
+    settings = Optimizer(learning_rate=1.0)
+    assert admit(rows, settings, [EOS], BOS, lambda row, why: None, preferences=False) == rows  # as in SFT
+
+
 def test_one_in_a_hundred_may_be_dropped_and_no_more():
     short = [row(str(i)) for i in range(99)]
     kept, dropped = admitted([*short, row("long", chosen=60)], max_length=50)

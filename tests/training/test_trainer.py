@@ -14,11 +14,11 @@ from selfimprove import recipe
 from selfimprove.engine import canary
 from selfimprove.errors import UserError
 from selfimprove.store import model_identity
-from selfimprove.training import launch
+from selfimprove.training import launch, trainer
 from selfimprove.training.distributed import World
-from selfimprove.training.job import example
+from selfimprove.training.job import Tree, example
 from selfimprove.training.learner import TrainingFailed
-from selfimprove.training.logps import Scorer
+from selfimprove.training.logps import Scorer, choose_mode
 from selfimprove.training.noise import NoiseDiverged
 from selfimprove.training.trainer import _batches, _chunks, contiguous
 from tests.training.conftest import MODEL, job, lines, weights
@@ -38,6 +38,54 @@ def assert_same(one, other, tolerance):
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Bloom", {"hidden_dropout": 0.1, "attention_dropout": 0.1}),  # attention_dropout is a module there
+        ("Falcon", {"hidden_dropout": 0.0, "attention_dropout": 0.1}),
+        ("GPT2", {}),
+        ("OPT", {"ffn_dim": 48, "dropout": 0.1, "layerdrop": 0.5}),  # functional dropout
+        ("XGLM", {"ffn_dim": 48, "attention_heads": 4, "num_layers": 2, "d_model": 32}),
+        ("Mixtral", {"num_key_value_heads": 2, "intermediate_size": 48, "router_jitter_noise": 0.1}),
+    ],
+)
+def test_nothing_is_random_in_training_mode(family, settings):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **settings})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    before = config.to_json_string()
+    row = torch.randint(3, 61, (1, 30))
+    model.train()
+    assert not torch.equal(model(row).logits, model(row).logits)
+    trainer.without_dropout(model)
+    assert model.training
+    assert torch.equal(model(row).logits, model(row).logits)
+    assert model.config.to_json_string() == before  # which is saved with the policy
+
+
+def test_a_model_that_stays_random_is_refused_by_what_it_does():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.FalconConfig(**sizes, hidden_dropout=0.1))
+    trainer.without_dropout(model)  # its forward asks the configuration
+    with pytest.raises(UserError, match="gives other log-probs each time") as told:
+        choose_mode(Scorer(model), [Tree([1, 2, 3], [[4, 5, 6], [7, 8]])])
+    assert "dropout" in told.value.hint
+
+
+def test_weights_decay_and_norms_do_not_as_in_transformers(tmp_path, pairs):
+    """The update of AdamW, less the same run's without decay, is -learning rate * decay * weight at the first step."""
+    settings = {"epochs": 1, "batch_size": 24, "learning_rate": 1e-3, "scheduler": "constant_with_warmup"}
+    _, plain = trained(tmp_path / "plain", pairs, DPO, warmup_ratio=0.0, **settings)
+    _, decayed = trained(tmp_path / "decayed", pairs, DPO, warmup_ratio=0.0, weight_decay=0.5, **settings)
+    start = transformers.AutoModelForCausalLM.from_pretrained(MODEL)
+    wanted = set(transformers.Trainer(start, transformers.TrainingArguments(tmp_path)).get_decay_parameter_names(start))
+    for name, weight in start.named_parameters():
+        expected = -1e-3 * 0.5 * weight.detach() if name in wanted else torch.zeros_like(weight)
+        torch.testing.assert_close(decayed[name] - plain[name], expected, rtol=1e-2, atol=2e-7, msg=name)
 
 
 def test_dpo_begins_at_log_2_and_learns_the_preference(tmp_path, pairs):
@@ -159,6 +207,35 @@ class TestChunks:
         assert len(set(lengths)) > 1
         assert lines(given)[0]["logps/chosen"] != lines(easy)[0]["logps/chosen"]
 
+    def test_tokens_are_counted_over_all_chunks(self, tmp_path, pairs):
+        trained(tmp_path, pairs, SDPO, epochs=1)
+        counted = [step["num_tokens"] for step in lines(tmp_path)]
+        assert counted == sorted(counted)
+        trained(tmp_path / "one", pairs, DPO, epochs=1, batch_size=24)
+        assert counted[-1] >= lines(tmp_path / "one")[-1]["num_tokens"]  # prompts cut in two count twice
+
+    def test_a_reference_that_is_lost_while_its_policy_moved_on_is_not_made_again(self, tmp_path, pairs, monkeypatch):
+        step = trainer._step
+        done = []
+
+        def stops(learner, batch, *, first):
+            shown = step(learner, batch, first=first)
+            done.append(batch)
+            if len(done) == 3:  # the second of the second chunk's three steps
+                raise KeyboardInterrupt
+            return shown
+
+        given = {**DPO, "chunks": {"number": 2}}
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "_step", stops)
+            with pytest.raises(KeyboardInterrupt):
+                trained(tmp_path, pairs, given, epochs=1, machine={"checkpoint_steps": 1})
+        for shard in (tmp_path / "scratch" / "reference-1").glob("*.safetensors"):
+            shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        with pytest.raises(UserError, match="reference-1 are damaged or gone"):
+            trained(tmp_path, pairs, given, epochs=1, machine={"checkpoint_steps": 1})
+        assert not (tmp_path / "policy").exists()
+
     def test_more_chunks_than_pairs_is_refused(self, tmp_path, pairs):
         with pytest.raises(UserError, match="cannot make 3 chunks"):
             trained(tmp_path, pairs[:2], SDPO)
@@ -237,6 +314,14 @@ class TestNoise:
         _, silent = trained(tmp_path / "silent", pairs, {**DPO, "noise": {"kind": "fixed_sigma", "sigma": 0.0}})
         _, spin = trained(tmp_path / "spin", pairs, DPO)
         assert_same(silent, spin, 2e-5)
+
+    def test_a_state_sees_the_gaps_that_the_loss_sees(self, tmp_path, pairs):
+        """Beta-DPO's beta looks at gaps beside their running mean: a margin that all have must not count."""
+        given = {"loss": {"name": "beta_dpo", "beta": 0.1}, "reference": "previous"}
+        trained(tmp_path / "plain", pairs, given, epochs=6)
+        trained(tmp_path / "margin", pairs, {**given, "noise": {"kind": "constant_margin", "margin": 5.0}}, epochs=6)
+        plain, margin = ([s["grad_norm"] for s in lines(tmp_path / name)] for name in ("plain", "margin"))
+        assert min(margin) > 0.1 * min(plain)  # beta at its floor of .001 is a hundredth
 
     def test_a_constant_margin_begins_where_it_says(self, tmp_path, pairs):
         trained(tmp_path, pairs, {**DPO, "noise": {"kind": "constant_margin", "margin": 2.0}})
