@@ -44,7 +44,6 @@ def assert_same(one, other, tolerance):
     ("family", "settings"),
     [
         ("Bloom", {"hidden_dropout": 0.1, "attention_dropout": 0.1}),  # attention_dropout is a module there
-        ("Falcon", {"hidden_dropout": 0.0, "attention_dropout": 0.1}),
         ("GPT2", {}),
         ("OPT", {"ffn_dim": 48, "dropout": 0.1, "layerdrop": 0.5}),  # functional dropout
         ("XGLM", {"ffn_dim": 48, "attention_heads": 4, "num_layers": 2, "d_model": 32}),
