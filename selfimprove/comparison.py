@@ -104,7 +104,7 @@ def share(value: float) -> str:
 
 def signed(value: float) -> str:
     """`+.021`."""
-    return f"{'-' if value < 0 else '+'}{share(abs(value))}"
+    return f"{'-' if round(value, 3) < 0 else '+'}{share(abs(value))}"
 
 
 def compared(pairs: Sequence[tuple[Mapping[str, Any], Round, Round]]) -> list[dict[str, Any]]:

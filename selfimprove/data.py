@@ -173,6 +173,9 @@ STOP_WORDS = frozenset(
 )
 
 
+TABLES = (".csv", ".tsv", ".xls", ".xlsx")
+
+
 def locate(name: str, what: str, section: str = "data") -> Path:
     """The file that an entry of the recipe names, one of [data] where nothing else is said.
 
@@ -290,6 +293,12 @@ def draw_corpus_keywords(paragraphs: Sequence[Sequence[str]], rng: random.Random
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Rows with their places, of a JSON or a Parquet file; in Parquet a cell without a value is no column."""
+    if path.suffix.lower() in TABLES:
+        raise UserError(
+            f"{path}: {path.suffix} files are not read",
+            "write it as JSON lines or Parquet, for example with pandas:"
+            " read_csv(...).to_json(..., orient='records', lines=True)",
+        )
     if path.suffix != ".parquet":
         for line, row in jsonl.rows(path):
             yield f"{path}, line {line}", row

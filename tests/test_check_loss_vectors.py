@@ -47,6 +47,19 @@ def test_changed_values_fail(loss, tmp_path, capsys):
         assert any(line.startswith(f"FAILED {case['id']}: {key}: largest difference") for line in lines), key
 
 
+def test_a_case_without_losses_is_held_to_what_it_has(tmp_path, capsys):
+    vectors = _only("hinge")
+    case = vectors["cases"][0]
+    del case["losses"]
+    assert _check(vectors, tmp_path, capsys) == (0, ["1 passed, 0 failed, 0 skipped"])
+    case["loss_mean"] += 1e-5
+    assert _check(vectors, tmp_path, capsys)[0] == 1
+    del case["loss_mean"]
+    status, lines = _check(vectors, tmp_path, capsys)
+    assert (status, lines[-1]) == (0, "0 passed, 0 failed, 1 skipped")
+    assert "neither 'losses' nor 'loss_mean'" in lines[0]
+
+
 def test_nan_fails(tmp_path, capsys):
     status, lines = _check(_only("hinge", losses=[float("nan")] * 8), tmp_path, capsys)
     assert (status, lines[-1]) == (1, "0 passed, 1 failed, 0 skipped")

@@ -108,6 +108,11 @@ class TestBadInput:
         told = selfimprove("iterate", "--set", "data.seeds=seeds.jsonl", "--set", "data.heldout=heldout.jsonl")
         refused(told, 1, "1 prompts of data.seeds stand in data.heldout too, the first is 'seed-00001'")
 
+    def test_a_table_that_is_no_json(self):
+        Path("seeds.csv").write_text("prompt,completion\nSort: b a.,a b\n")
+        told = selfimprove("iterate", "--set", "data.seeds=seeds.csv")
+        refused(told, 1, ".csv files are not read", "JSON lines or Parquet")
+
     def test_seeds_longer_than_the_context(self):
         rows = [{"id": f"long-{k}", "prompt": "Sort: b a.", "completion": "a b " * 1000 * k} for k in range(1, 8)]
         rows.append({"prompt": "Sort: d c.", "completion": "c d"})

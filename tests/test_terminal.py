@@ -48,3 +48,8 @@ def test_a_narrow_terminal_breaks_scores_and_cuts_none(fake_run):
         assert number in narrow.getvalue()
     Console(file=narrow, width=40).print(terminal.stages_table(told))
     assert "…" not in narrow.getvalue()
+
+
+def test_a_difference_that_is_rounding_noise_has_no_sign_of_a_loss():
+    assert terminal.change({"base": {"greedy": {"difference": -1.4e-18, "p": 1.0}}}, "base", "greedy") == "+.000 p=1"
+    assert terminal.change({"base": {"greedy": {"difference": -0.021, "p": 0.034}}}, "base", "greedy") == "-.021 p=.034"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selfimprove.comparison import signed
 from selfimprove.errors import UserError
 from selfimprove.evaluation import seeds, splits
 from selfimprove.evaluation.statistics import holm
@@ -363,7 +364,7 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> str:
     grid = []
     for row in rows:
         low, high = row["ci95"]
-        interval = f"{_signed(row['difference'])} [{_signed(low)}, {_signed(high)}]"
+        interval = f"{signed(row['difference'])} [{signed(low)}, {signed(high)}]"
         grid.append(
             [
                 row["arm"],
@@ -400,11 +401,6 @@ def _grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3f}".removeprefix("0") if 0 <= value < 1 else f"{value:.3f}"
-
-
-def _signed(value: float) -> str:
-    text = f"{abs(value):.3f}".removeprefix("0") if abs(value) < 1 else f"{abs(value):.3f}"
-    return f"{'-' if value < 0 else '+'}{text}"
 
 
 def _p(value: float) -> str:

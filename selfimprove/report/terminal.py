@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from selfimprove.comparison import signed
 from selfimprove.plan import BASE, Step
 from selfimprove.report.escape import line
 from selfimprove.store import Manifest
@@ -255,7 +256,7 @@ def change(comparisons: dict[str, Any], against: str, mode: str) -> str:
         return ""
     found = comparisons[against][mode]
     p = "p<.001" if found["p"] < 0.001 else "p=1" if found["p"] > 0.9995 else f"p={_short(found['p'])}"
-    return f"{'+' if found['difference'] >= 0 else '-'}{_short(abs(found['difference']))} {p}"
+    return f"{signed(found['difference'])} {p}"
 
 
 def _short(value: float) -> str:
