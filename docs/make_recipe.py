@@ -30,8 +30,8 @@ set on the command line by its dotted name, the value as TOML or plain text:
 
     selfimprove iterate default --set generate.n=16 --set 'train.loss={name="dpo", beta=0.1}'
 
-A *choice* is a function by name with its parameters, `{ name = "simpo", beta = 2.0 }`: losses are in
-[Losses](losses.md), judges and pairing rules in [Judges](judges.md). The default *needed* means that there is none,
+A *choice* is a function by name with its parameters, `{ name = "simpo", beta = 2.0 }`, or the name alone: losses are
+in [Losses](losses.md), judges and pairing rules in [Judges](judges.md). The default *needed* means that there is none,
 *unset* that the key is absent; what that means stands beside it. What is in `[machine]`, and how a server is asked,
 says how to work and enters no result's key; all other keys do.
 """

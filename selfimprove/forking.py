@@ -5,6 +5,7 @@ What is shared are hard links, which cost no space: published files are never wr
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def fork(parent: Run, changed: Recipe, where: str, name: str | None, command: Se
         UserError: something before `where` is not made, or the changed recipe would make it otherwise.
     """
     at = point(changed, where)
-    before = _before(parent, changed, at)
+    before = _before(parent, changed, at, command)
     new = place(parent.path.parent, name or _free_name(parent))
     if new.path.exists():
         raise UserError(f"run '{new.name}' exists already", "--run ANOTHER_NAME")
@@ -94,8 +95,15 @@ def fork(parent: Run, changed: Recipe, where: str, name: str | None, command: Se
     return Forked(new, at, [one.step.directory for one in before], size, copied)
 
 
-def _before(parent: Run, changed: Recipe, at: Step) -> list[Examined]:
+def _before(parent: Run, changed: Recipe, at: Step, command: Sequence[str]) -> list[Examined]:
     """What comes before a step, all of it made by the parent as the changed recipe would make it."""
+
+    def earlier(step: Step) -> str:
+        """The user's command with another place."""
+        there = f"{parent.name}@{called(step)}"
+        words = [there if word.startswith(f"{parent.name}@") else word for word in command]
+        return shlex.join(["selfimprove", *(words if there in words else ["fork", there])])
+
     found: list[Examined] = []
     for one in examine(parent, changed):
         if one.step.directory == at.directory:
@@ -103,12 +111,12 @@ def _before(parent: Run, changed: Recipe, at: Step) -> list[Examined]:
         if one.status == "to do":
             raise UserError(
                 f"{one.step.directory} of run '{parent.name}' is not made yet, and {at.directory} comes after it",
-                f"selfimprove fork {parent.name}@{called(one.step)}, or selfimprove resume {parent.name} first",
+                f"{earlier(one.step)}, or selfimprove resume {parent.name} first",
             )
         if one.status == "stale":
             raise UserError(
                 f"{one.step.directory} comes before {at.directory} and cannot be shared: {one.reason}",
-                f"fork earlier: selfimprove fork {parent.name}@{called(one.step)}",
+                f"fork earlier: {earlier(one.step)}",
             )
         found.append(one)
     raise UserError(f"a gate ended run '{parent.name}' before {at.directory}", f"selfimprove gate {parent.name}")

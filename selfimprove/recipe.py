@@ -37,10 +37,15 @@ class Section(pydantic.BaseModel):
 
 
 class Choice(pydantic.BaseModel):
-    """A function chosen by name, with its parameters: `{name = "simpo", beta = 2.0, gamma = 1.0}`."""
+    """A function chosen by name, with its parameters: `{name = "simpo", beta = 2.0}`, or `"simpo"` alone."""
 
     model_config = pydantic.ConfigDict(extra="allow", strict=True, frozen=True)
     name: str
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _a_name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
 
     def bind(self, what: str, known: Mapping[str, F]) -> F:
         """The named function of `known` with this choice's parameters bound to its keyword-only arguments.
@@ -552,7 +557,7 @@ def validated(model: type[M], table: Mapping[str, Any], what: str) -> M:
             error.errors(), key=lambda e: e["type"] != "extra_forbidden"
         )  # a typo hides as "missing"
         first = unknown_first[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(str(part) for part in first["loc"] if "Choice" not in str(part))  # pydantic names the class
         raise UserError(f"{what}: {where}{': ' if where else ''}{_plain(first)}", _hint(first, model)) from None
 
 
@@ -588,6 +593,8 @@ def _plain(error: Any) -> str:
         return "unknown key"
     if error["type"] == "missing":
         return "is missing"
+    if error["type"] == "model_type" and error["ctx"]["class_name"] == Choice.__name__:
+        return 'is no choice: a name, or { name = "...", parameters }'
     message: str = error["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:]
 

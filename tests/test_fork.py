@@ -101,7 +101,7 @@ def test_more_rounds_and_a_name_of_its_own(fake_run):
     [
         (["fake@2/label", "--set", "generate.n=5"], 1,
          "iter-001/2-generate comes before iter-002/3-label and cannot be shared: generate.n 4 -> 5",
-         "fork earlier: selfimprove fork fake@1/generate"),
+         "fork earlier: selfimprove fork fake@1/generate --set generate.n=5"),
         (["fake@2/label", *BETA], 1, "iter-001/4-train comes before iter-002/3-label", "fake@1/train"),
         (["fake@2/lable"], 1, "no stage '2/lable'", "2/ synthesize, generate"),
         (["fake@7"], 1, "no iteration 7", "the recipe has 2"),

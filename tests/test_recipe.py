@@ -154,3 +154,12 @@ class TestSchedule:
 def test_a_name_too_long_for_a_file_is_no_recipe():
     with pytest.raises(UserError, match="no recipe called"):
         recipe_file.find("x" * 5_000)
+
+
+def test_a_name_alone_is_a_choice_without_parameters():
+    whole, short = (
+        recipe_file.load(recipe_file.find("spin"), [f"train.loss={loss}"]) for loss in ('{name="dpo"}', "dpo")
+    )
+    assert recipe_file.dump(whole) == recipe_file.dump(short)
+    with pytest.raises(UserError, match=r"train\.loss: is no choice: a name, or"):
+        recipe_file.load(recipe_file.find("spin"), ["train.loss=5"])

@@ -160,8 +160,10 @@ def load(path: Path, learner: Learner) -> None:
     except CheckpointException as failed:
         raise _reason(failed) from None
     learner.steps_done, learner.tokens_done = said["steps_done"], said["tokens_done"]
-    for _ in range(learner.steps_done):
-        learner.schedule.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it misses the optimiser's steps, which were before
+        for _ in range(learner.steps_done):
+            learner.schedule.step()
     if learner.bound.state is not None:
         learner.bound.state.load(said["loss_state"])
 
