@@ -180,7 +180,7 @@ def pull(
     print(found.path)
     for sentence in told or ["nothing was missing here"]:
         print(line(sentence), file=sys.stderr)
-    where = "" if runs.resolve() == RUNS.resolve() else f"move it into a folder called {RUNS}, beside which: "
+    where = "" if runs.resolve() == RUNS.resolve() else f"move it into a folder called {RUNS}, and beside that folder: "
     print(f"\nhint: {where}selfimprove resume {found.name}", file=sys.stderr)
 
 
