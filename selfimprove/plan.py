@@ -192,13 +192,7 @@ class Sources:
     def __init__(self, run: Run, recipe: Recipe) -> None:
         self.run = run
         self.recipe = recipe
-        self.files = {
-            "seeds": recipe.data.seeds,
-            "corpus": recipe.data.corpus,
-            "heldout": recipe.data.heldout,
-            "selection": recipe.data.selection or "",
-            **{name: path for one in recipe.evaluate.benchmarks or [] for name, path in one.files.items()},
-        }
+        self.files = recipe.files
         self._digests: dict[str, str] = {}
         self._manifests: dict[str, Manifest | None] = {}
         self._templates: dict[str, str] = {}

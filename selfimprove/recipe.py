@@ -529,6 +529,12 @@ class Recipe(Section):
                     raise ValueError(f"schedule: '{key}' cannot change from round to round")
         return self
 
+    @property
+    def files(self) -> dict[str, str]:
+        """Its input files, by the names under which stages see them."""
+        own = {name: path for one in self.evaluate.benchmarks or [] for name, path in one.files.items()}
+        return self.data.model_dump(exclude_none=True) | own
+
     def at(self, iteration: int) -> "Recipe":
         """The recipe as it stands in an iteration, its schedule applied.
 

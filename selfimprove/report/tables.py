@@ -175,9 +175,7 @@ def _environment(about: Mapping[str, Any], examined: Sequence[Examined]) -> Mapp
 
 def _origins(recipe: Recipe, examined: Sequence[Examined]) -> list[Origin]:
     """Files and models from outside the run, with the hash that entered the keys."""
-    named = recipe.data.model_dump(exclude_none=True)
-    named |= {name: path for one in recipe.evaluate.benchmarks or [] for name, path in one.files.items()}
-    paths = {f"file:{name}": str(path) for name, path in named.items()}
+    paths = {f"file:{name}": path for name, path in recipe.files.items()}
     paths[INITIAL] = recipe.model.path
     found: dict[str, Origin] = {}
     for one in examined:
