@@ -11,7 +11,7 @@ from selfimprove.evaluation import splits, wording
 from selfimprove.evaluation.statistics import Comparison, compare_means, compare_scores, holm
 from selfimprove.plan import BASE
 from selfimprove.recipe import Recipe
-from selfimprove.results import MODES, Cost, Round, costs, evaluated, total
+from selfimprove.results import MODES, Cost, Round, costs, evaluated, share, signed, total
 from selfimprove.status import standing
 from selfimprove.store import Manifest, Run
 
@@ -95,16 +95,6 @@ def sentence(found: Comparison) -> str:
         return f"worse by {share(-found.difference)} [{share(-found.high)}, {share(-found.low)}]"
     seen = f"{signed(found.difference)} [{signed(found.low)}, {signed(found.high)}]"
     return f"no difference that could be told ({seen}); the smallest would be {share(found.mde)}"
-
-
-def share(value: float) -> str:
-    """`.021`, `-.004`, `1.000`."""
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 0.9995 else f"{value:.3f}"
-
-
-def signed(value: float) -> str:
-    """`+.021`."""
-    return f"{'-' if round(value, 3) < 0 else '+'}{share(abs(value))}"
 
 
 def compared(pairs: Sequence[tuple[Mapping[str, Any], Round, Round]]) -> list[dict[str, Any]]:

@@ -149,3 +149,16 @@ def cost(manifest: Manifest, chosen: Recipe) -> Cost:
         sum(float(spent["usd"]) for spent in asked.values()) if priced else None,
         sum(int(spent["unmeasured"]) for spent in asked.values()),
     )
+
+
+# --- how a score is written ----------------------------------------------------------------------------------------
+
+
+def share(value: float) -> str:
+    """`.021`, `-.004`, `1.000`."""
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 0.9995 else f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    """`+.021`."""
+    return f"{'-' if round(value, 3) < 0 else '+'}{share(abs(value))}"

@@ -1,7 +1,6 @@
 """The command line: bad input is one sentence with a hint, exit codes mean what they say, help is instant."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from selfimprove import __version__
-from tests.conftest import SMALL, selfimprove
+from tests.conftest import SMALL, processor_seconds, selfimprove
 
 MODEL_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -160,17 +159,11 @@ def test_the_same_run_under_another_recipe_is_refused(fake_run):
 
 
 def test_help_answers_at_once_and_without_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "selfimprove", "--help"]
-    times = []  # of the processor: on an idle machine that is what passes, and other load does not change it
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ended = subprocess.run(command, capture_output=True, text=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    ended, seconds = processor_seconds("-X", "importtime", "-m", "selfimprove", "--help")
     assert "iterate" in ended.stdout
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert not imported & {"torch", "transformers", "pyarrow", "vllm", "pydantic", "scipy"}
-    assert min(times) < 0.5
+    assert seconds < 0.5
 
 
 def test_plan_of_a_recipe_that_was_not_run_yet(in_tmp):

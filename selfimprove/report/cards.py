@@ -9,11 +9,10 @@ import jinja2
 from markupsafe import Markup
 
 from selfimprove import __version__, exporting
-from selfimprove.comparison import share
 from selfimprove.method import anonymous, settings
 from selfimprove.release import OWN, PICKED, Labelled, Release
 from selfimprove.report.escape import line
-from selfimprove.results import MODES, Round
+from selfimprove.results import MODES, Round, share
 
 TEMPLATES = Path(__file__).parent
 ROLES = {

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from selfimprove.comparison import BEST, FINAL, share, signed
+from selfimprove.comparison import BEST, FINAL
 from selfimprove.report.escape import line
-from selfimprove.results import MODES
+from selfimprove.results import MODES, share, signed
 
 TEMPLATE = Path(__file__).parent / "compare.html.jinja"
 LONGEST = 300  # characters of one value of a recipe

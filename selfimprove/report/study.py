@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfimprove.comparison import signed
 from selfimprove.errors import UserError
 from selfimprove.evaluation import seeds, splits
 from selfimprove.evaluation.statistics import holm
 from selfimprove.plan import BASE, CONTROL_EVALUATE, SFT_EVALUATE, Step, steps
 from selfimprove.recipe import Edit
 from selfimprove.records import Sample
+from selfimprove.results import signed
 from selfimprove.run import place
 from selfimprove.stages import evaluate
 from selfimprove.store import Manifest, Run, read_manifest, read_rows

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from selfimprove.comparison import signed
 from selfimprove.plan import BASE, Step
 from selfimprove.report.escape import line
+from selfimprove.results import signed
 from selfimprove.store import Manifest
 from selfimprove.study import Ended, Planned
 
