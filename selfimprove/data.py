@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from selfimprove import columns, exchanges, jsonl, textfile
 from selfimprove.errors import UserError
-from selfimprove.records import HeldOut, Seed
+from selfimprove.records import Gold, HeldOut, Seed
 
-Row = TypeVar("Row", Seed, HeldOut)
+Row = TypeVar("Row", Seed, Gold, HeldOut)
 DEMO = Path(__file__).parent / "demo"
 SHIPPED = {
     "demo:model": DEMO / "model",
@@ -195,25 +195,36 @@ def locate(name: str, what: str, section: str = "data") -> Path:
 
 
 def read_seeds(path: Path) -> list[Seed]:
-    """Seed prompts with their gold answers, in any form of `exchanges`."""
+    """Seed prompts, with their gold answers where the file has them, in any form of `exchanges`."""
+    return _checked([(where, seed) for where, seed, _ in _seeds(path)], path)
+
+
+def read_golds(path: Path) -> list[Gold]:
+    """Seed prompts, each with its gold answer.
+
+    Raises:
+        UserError: one has none.
+    """
     rows = []
+    for where, seed, column in _seeds(path):
+        if seed.completion is None:
+            sentence = f"{where}: no answer to its {column}, for example in field 'completion'"
+            raise UserError(sentence, f"known: {exchanges.FORMS}")
+        rows.append((where, Gold(seed.prompt_id, seed.prompt, seed.completion, seed.source)))
+    return _checked(rows, path)
+
+
+def _seeds(path: Path) -> Iterator[tuple[str, Seed, str]]:
+    """Each with its place, and the column of its prompt."""
     for number, (where, row) in enumerate(_rows(path)):
         said = exchanges.of(row, where, "completion")
-        if said.answer is None:
-            sentence = f"{where}: no answer to its {said.prompt[0]}, for example in field 'completion'"
-            raise UserError(sentence, f"known: {exchanges.FORMS}")
-        rows.append(
-            (
-                where,
-                Seed(
-                    _id(row, where, f"seed-{number:05d}"),
-                    _text(*said.prompt, where),
-                    _text(*said.answer, where),
-                    _text("source", row["source"], where) if "source" in row else "",
-                ),
-            )
+        seed = Seed(
+            _id(row, where, f"seed-{number:05d}"),
+            _text(*said.prompt, where),
+            _text(*said.answer, where) if said.answer else None,
+            _text("source", row["source"], where) if "source" in row else "",
         )
-    return _checked(rows, path)
+        yield where, seed, said.prompt[0]
 
 
 def read_heldout(path: Path, what: str = "heldout") -> list[HeldOut]:
@@ -263,7 +274,7 @@ def keywords(text: str) -> list[str]:
 
 
 def draw_training_keywords(
-    seed: Seed, others: list[Seed], rng: random.Random, *, noise: bool = True
+    seed: Seed, others: Sequence[Seed], rng: random.Random, *, noise: bool = True
 ) -> list[str] | None:
     """Two keywords of the seed's prompt and one noise keyword of another seed's, shuffled (SynPO, section 3.1).
 

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from selfimprove import chat, data, judges
@@ -14,6 +15,7 @@ from selfimprove.judges.panel import RUN
 from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
 from selfimprove.recipe import Benchmark, Choice, Machine, Noise, Recipe, Train
+from selfimprove.records import Seed
 from selfimprove.remote.objects import Store
 from selfimprove.stages import discriminate, evaluate, label, train
 
@@ -38,6 +40,7 @@ def check(chosen: Recipe) -> None:
             f"set engine.max_model_len to {positions} or less",
         )
     seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
+    answered(chosen, seeds)
     chunks = [chosen.at(iteration).train.chunks for iteration in range(1, chosen.rounds + 1)]
     by_source = any(one is not None and one.by == "source" for one in chunks)
     if by_source and len({seed.source for seed in seeds}) < 2:
@@ -48,8 +51,8 @@ def check(chosen: Recipe) -> None:
     rendered = chat.Chat(directory)
     longer: dict[str, int] = {}
     for seed in seeds:  # the template must keep the prompt a prefix, and add one BOS
-        completion = rendered.completion_ids(seed.prompt, seed.completion)
-        length = len(rendered.prompt_ids(seed.prompt)) + len(completion)
+        answer = 1 if seed.completion is None else len(rendered.completion_ids(seed.prompt, seed.completion))
+        length = len(rendered.prompt_ids(seed.prompt)) + answer
         if length > chosen.engine.max_model_len:
             longer[seed.prompt_id] = length
     if longer:
@@ -60,6 +63,40 @@ def check(chosen: Recipe) -> None:
             f" {chosen.engine.max_model_len}: {first}{more}",
             f"shorten or remove them, or set engine.max_model_len to {max(longer.values())}",
         )
+
+
+def answered(chosen: Recipe, seeds: Sequence[Seed]) -> None:
+    """Whether the seeds have the gold answers that the recipe needs; judging the policy's own answers needs none.
+
+    Raises:
+        UserError: some are missing.
+    """
+    bare = [seed.prompt_id for seed in seeds if seed.completion is None]
+    rounds = [chosen.at(iteration) for iteration in range(1, chosen.rounds + 1)]
+    user = next((what for now in rounds for what, needed in gold_users(now).items() if needed), None)
+    if bare and user:
+        raise UserError(
+            f"{user} needs gold answers, and {len(bare)} of {len(seeds)} seeds have none, the first is '{bare[0]}'",
+            "give every seed its answer, for example in field 'completion', or take this out of the recipe",
+        )
+
+
+def gold_users(chosen: Recipe) -> dict[str, bool]:
+    """What of a recipe uses the seeds' gold answers where it is there, and whether it is."""
+    rule = chosen.label.pairing
+    anchored = rule.name == "dynamic" and (rule.model_extra or {}).get("anchor", "gold") == "gold"
+    asked = {"label.judge": label.all_judges(chosen.label)}
+    if chosen.discriminate:
+        asked["discriminate.judge"] = [chosen.discriminate.judge]
+    return {
+        "[sft]": chosen.sft is not None,
+        "[synthesize]": chosen.synthesize is not None,
+        "[improve]": chosen.improve is not None,
+        "generate.splice": chosen.generate.splice is not None,
+        f"pairing '{rule.name}'": rule.name == "gold_vs_generated" or anchored,
+        **{name: any(judges.needs_answer(one) for one in all_of) for name, all_of in asked.items()},
+        "[control]": chosen.control is not None,
+    }
 
 
 def settings(chosen: Recipe) -> None:

@@ -84,7 +84,7 @@ class Model(Section):
 class Data(Section):
     """Input files; `demo:NAME` is shipped with the package."""
 
-    seeds: str = "demo:seeds"  # JSON lines or Parquet: prompt and completion (gold), or a form of docs/concepts.md
+    seeds: str = "demo:seeds"  # prompt, and completion where golds are used; forms in docs/concepts.md; JSON or Parquet
     corpus: str = "demo:corpus"  # plain text, one paragraph a line; keywords are drawn from it
     heldout: str = "demo:heldout"  # the same forms; the answer may be missing; never enters training
     selection: str | None = None  # the same, other prompts: what the gate looks at, so that reports stay untouched

@@ -152,12 +152,18 @@ class Quarantined(msgspec.Struct, frozen=True):
 
 
 class Seed(msgspec.Struct, frozen=True):
-    """A seed prompt with its gold answer, as read from the seed file."""
+    """A seed prompt, as read from the seed file; `completion` is its gold answer, None where the file has none."""
 
     prompt_id: str
     prompt: str
-    completion: str
+    completion: str | None
     source: str = ""
+
+
+class Gold(Seed, frozen=True):
+    """A seed prompt that has its gold answer."""
+
+    completion: str
 
 
 class HeldOut(msgspec.Struct, frozen=True):

@@ -23,6 +23,8 @@ class Rehearsed(NamedTuple):
 def rehearse(chosen: Recipe) -> list[Rehearsed]:
     """`check`, and the training's own checks on the seeds as rows: a gold answer against another seed's.
 
+    The prompt itself stands in for a gold answer that a seed does not have.
+
     Raises:
         UserError: what would stop the run, or make it wrong, hours later.
     """
@@ -38,15 +40,16 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     rendered = chat.Chat(model)
     held_out = data.read_heldout(data.locate(chosen.data.heldout, "heldout"))
     doubled = len(held_out) - len({data.fold(row.prompt) for row in held_out})
-    others = [*seeds[1:], seeds[0]]
+    golds = sum(seed.completion is not None for seed in seeds)
+    answers = [seed.prompt if seed.completion is None else seed.completion for seed in seeds]
     rows = [
         PairRow(
             seed.prompt_id,
             rendered.prompt_ids(seed.prompt),
-            rendered.completion_ids(seed.prompt, seed.completion),
-            rendered.completion_ids(seed.prompt, other.completion),
+            rendered.completion_ids(seed.prompt, answer),
+            rendered.completion_ids(seed.prompt, other),
         )
-        for seed, other in zip(seeds, others, strict=True)
+        for seed, answer, other in zip(seeds, answers, [*answers[1:], answers[0]], strict=True)
     ]
     dropped: list[str] = []
     bos = rendered.tokenizer.bos_token_id
@@ -55,6 +58,7 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     return [
         Rehearsed("recipe, data and model", "fit together"),
         *stored,
+        Rehearsed("seeds", f"{len(seeds)}, {golds} of them with a gold answer"),
         Rehearsed(
             "held-out prompts",
             f"{len(held_out)}, {f'{doubled} of them again; each counts on its own' if doubled else 'each once'}",

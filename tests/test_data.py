@@ -37,9 +37,17 @@ def test_bad_seed_files_are_one_sentence(tmp_path, content, says):
     file = tmp_path / "seeds.jsonl"
     file.write_bytes(content)
     with pytest.raises(UserError) as raised:
-        data.read_seeds(file)
+        data.read_golds(file)
     assert says in raised.value.message
     assert raised.value.hint
+
+
+def test_seeds_may_have_no_answers_where_no_golds_are_asked_for(tmp_path):
+    file = tmp_path / "seeds.jsonl"
+    file.write_text(GOOD + '{"prompt": "Sort: f e."}\n')
+    assert [seed.completion for seed in data.read_seeds(file)] == ["a b", "c d", None]
+    with pytest.raises(UserError, match="line 3: no answer to its prompt"):
+        data.read_golds(file)
 
 
 def test_line_separators_inside_a_json_string_do_not_split_a_row(tmp_path):

@@ -99,7 +99,7 @@ def test_numbers_are_ids_and_a_prompt_id_is_one(tmp_path):
 def test_other_shapes_are_refused_by_place(tmp_path, row, says):
     good = FORMS["texts"](*SAID[0])
     with pytest.raises(UserError) as raised:
-        data.read_seeds(seeds(tmp_path, good, row))
+        data.read_golds(seeds(tmp_path, good, row))
     assert "rows.jsonl, line 2: " in raised.value.message
     assert says in raised.value.message
     assert raised.value.hint
@@ -109,7 +109,7 @@ def test_a_damaged_parquet_file_and_an_empty_cell_are_told(tmp_path):
     file = tmp_path / "rows.parquet"
     datasets.Dataset.from_list([FORMS["texts"](*SAID[0]), {"prompt": "p", "completion": None}]).to_parquet(file)
     with pytest.raises(UserError, match="row 2: no answer to its prompt"):
-        data.read_seeds(file)
+        data.read_golds(file)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match="is no Parquet file, or a damaged one"):
         data.read_seeds(file)

@@ -179,7 +179,7 @@ class TestCards:
         made = selfimprove("iterate", "--run", "fake", *given)
         assert made.code == 0, made.err
         card = (exported() / "README.md").read_text()
-        assert "| seeds.json | prompts with gold answers | 40 |" in card
+        assert "| seeds.json | prompts, and gold answers where a method uses them | 40 |" in card
         assert "| heldout.jsonl.gz | prompts of the scores below; they never enter training | 30 |" in card
         assert "| other.jsonl | prompts of the benchmark own | 10 |" in card
         assert selfimprove("report", "fake").code == 0

@@ -16,7 +16,7 @@ from selfimprove.results import MODES, Round, share
 
 TEMPLATES = Path(__file__).parent
 ROLES = {
-    "seeds": "prompts with gold answers",
+    "seeds": "prompts, and gold answers where a method uses them",
     "corpus": "text that keywords for new prompts are drawn from",
     "heldout": "prompts of the scores below; they never enter training",
     "selection": "prompts that the gate looks at; they never enter training",

@@ -71,10 +71,11 @@ class Answers:
     ) -> None:
         self._tables, self.golds, self._worth, self._completion_ids = tables, golds, worth, completion_ids
         self._size = size
+        self._answered = {name for name, seed in golds.items() if seed.completion is not None}
         self._streams = list(_streams(tables))
         self.aligned = len(self._streams) <= STREAMS and _aligned([stream.hashes for stream in self._streams])
         self.prompts = self.candidates = 0  # to be judged
-        if self.aligned and worth is None and not golds:
+        if self.aligned and worth is None and not self._answered:
             self.prompts = len(self._streams[0].hashes) if self._streams else 0
             self.candidates = sum(stream.stop - stream.start for stream in self._streams)
         else:
@@ -94,7 +95,7 @@ class Answers:
                 known.add(prompt_id)
             if first:
                 self.prompts += 1
-                self.candidates += prompt_id in self.golds
+                self.candidates += prompt_id in self._answered
 
     def windows(self, arriving: Iterable[Generation] = ()) -> Iterator[Window]:
         """All answers in order, the prompts in that of their first answers.

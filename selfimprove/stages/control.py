@@ -11,7 +11,7 @@ POLICY = "policy"
 
 def run(io: StageIO, section: recipe.Control) -> None:
     """Write policy/ and metrics.jsonl."""
-    seeds = data.read_seeds(io.inputs["seeds"])
+    seeds = data.read_golds(io.inputs["seeds"])
     rows = [
         example(s.prompt_id, io.chat.prompt_ids(s.prompt), io.chat.completion_ids(s.prompt, s.completion))
         for s in seeds

@@ -27,7 +27,7 @@ def run(io: StageIO, section: recipe.Generate) -> None:
         for source, n in (("current", section.n), ("initial", section.initial_n)):
             rows: Iterable[Generation] = ()
             if n and source == "current" and section.splice:
-                rows = _spliced(io, section, section.splice.segment, seeds)
+                rows = _spliced(io, section, section.splice.segment)
             elif n:
                 what = f"answering ({source})"
                 rows = io.complete(what, io.models[source], _asks(io, seeds), n, section.sampling, source)
@@ -70,8 +70,9 @@ def spliced(gold: Sequence[int], at: int, written: Sequence[int], segment: int, 
     return [*gold[:at], *written[:segment], *rest], bool(rest)
 
 
-def _spliced(io: StageIO, section: recipe.Generate, longest: int, seeds: Sequence[Seed]) -> list[Generation]:
+def _spliced(io: StageIO, section: recipe.Generate, longest: int) -> list[Generation]:
     """Each sample has a cut of its own; every token of the whole answer, the gold's too, has the policy's log-prob."""
+    seeds = data.read_golds(io.inputs["seeds"])
     golds = {seed.prompt_id: io.chat.completion_ids(seed.prompt, seed.completion) for seed in seeds}
     prompts = {seed.prompt_id: io.chat.prompt_ids(seed.prompt) for seed in seeds}
     asks, cuts = [], {}

@@ -16,7 +16,7 @@ from selfimprove import chat, data, recipe
 from selfimprove.errors import UserError
 from selfimprove.judges import candidate
 from selfimprove.judges.verifiers import verifier
-from selfimprove.records import Generation, Seed
+from selfimprove.records import Generation, Gold
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import iter_rows
 from selfimprove.training.job import example
@@ -28,7 +28,7 @@ IMPROVER = "improver"
 
 def run(io: StageIO, section: recipe.Improve) -> None:
     """Write refinements-*.parquet and the improver."""
-    seeds = data.read_seeds(io.inputs["seeds"])
+    seeds = data.read_golds(io.inputs["seeds"])
     distilled = section.kind == "gold_distillation"
     first = [] if distilled else [Ask(seed.prompt_id, seed.prompt) for seed in seeds]
     own = []
@@ -65,7 +65,7 @@ def _asks(io: StageIO, section: recipe.Improve, waiting: deque[Generation]) -> I
             yield Ask(row.prompt_id, request, row.sample)
 
 
-def train_improver(io: StageIO, section: recipe.Improve, seeds: list[Seed], own: list[Generation]) -> Path:
+def train_improver(io: StageIO, section: recipe.Improve, seeds: list[Gold], own: list[Generation]) -> Path:
     """SFT of the initial model on the triples whose gold beats the current policy's own answer."""
     golds = {seed.prompt_id: seed.completion for seed in seeds}
     judged = [candidate(row, golds[row.prompt_id]) for row in own]
@@ -84,7 +84,7 @@ def train_improver(io: StageIO, section: recipe.Improve, seeds: list[Seed], own:
     return io.train("training the response improver", examples, "initial", IMPROVER, section.improver, quarantine=False)
 
 
-def distil(io: StageIO, section: recipe.Improve, seeds: list[Seed]) -> Path:
+def distil(io: StageIO, section: recipe.Improve, seeds: list[Gold]) -> Path:
     """SFT of the initial model on every seed's prompt -> gold, without a draft."""
     examples = [
         example(seed.prompt_id, io.chat.prompt_ids(seed.prompt), io.chat.completion_ids(seed.prompt, seed.completion))

@@ -32,7 +32,7 @@ def candidates(
 
     Args:
         rows: completions.
-        golds: the seeds by prompt_id.
+        golds: the seeds by prompt_id, with an answer or not.
         completion_ids: the token ids of an answer to a prompt.
     """
     by_prompt: dict[str, list[Generation]] = {}
@@ -41,7 +41,7 @@ def candidates(
     found: list[Candidate] = []
     for prompt_id, group in by_prompt.items():
         gold = golds.get(prompt_id)
-        if gold:
+        if gold and gold.completion is not None:
             ids = completion_ids(gold.prompt, gold.completion)
             found.append(Candidate(prompt_id, gold.prompt, "gold", 0, gold.completion, ids, "stop"))
         answer = gold.completion if gold else None

@@ -5,7 +5,7 @@ section 2.1): the gold answer earns 5; its own answer to the seed earns 5 where 
 """
 
 from selfimprove import chat, data, recipe
-from selfimprove.records import Seed
+from selfimprove.records import Gold
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.training.job import PairRow, example
 
@@ -16,7 +16,7 @@ POLICY = "policy"
 
 def run(io: StageIO, section: recipe.Sft) -> None:
     """Write policy/ and metrics.jsonl."""
-    seeds = data.read_seeds(io.inputs["seeds"])
+    seeds = data.read_golds(io.inputs["seeds"])
     rows = [_row(io, f"{seed.prompt_id}/gold", seed.prompt, seed.completion) for seed in seeds]
     if section.ratings:
         rows += _ratings(io, section, seeds)
@@ -24,7 +24,7 @@ def run(io: StageIO, section: recipe.Sft) -> None:
     io.out.contract("example", len(rows), len(rows) - io.out.quarantined.total())
 
 
-def _ratings(io: StageIO, section: recipe.Sft, seeds: list[Seed]) -> list[PairRow]:
+def _ratings(io: StageIO, section: recipe.Sft, seeds: list[Gold]) -> list[PairRow]:
     asks = [Ask(seed.prompt_id, seed.prompt) for seed in seeds]
     own = list(io.complete("answering the seeds", io.models["initial"], asks, 1, section.sampling, "seed answer"))
     golds = {seed.prompt_id: seed.completion for seed in seeds}

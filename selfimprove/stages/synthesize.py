@@ -12,7 +12,7 @@ from pathlib import Path
 
 from selfimprove import chat, columns, data, dedup, recipe
 from selfimprove.errors import UserError
-from selfimprove.records import Generation, Prompt, Seed
+from selfimprove.records import Generation, Gold, Prompt
 from selfimprove.stages.io import Ask, StageIO
 from selfimprove.store import iter_rows
 from selfimprove.training.job import example
@@ -26,7 +26,7 @@ def run(io: StageIO, section: recipe.Synthesize) -> None:
     """Write prompts-*.parquet, and in the first iteration the generator."""
     from selfimprove.evaluation import kinds  # scipy takes a second to import: plans do without
 
-    seeds = data.read_seeds(io.inputs["seeds"])
+    seeds = data.read_golds(io.inputs["seeds"])
     generator = io.models.get(GENERATOR) or train_generator(io, section, seeds)
 
     drawn: deque[tuple[str, list[str]]] = deque()  # keywords of the prompts that are being written
@@ -85,7 +85,7 @@ def _new(
             yield row, text
 
 
-def train_generator(io: StageIO, section: recipe.Synthesize, seeds: list[Seed]) -> Path:
+def train_generator(io: StageIO, section: recipe.Synthesize, seeds: list[Gold]) -> Path:
     """SFT of the initial model: keywords -> the seed prompt they are of and its solution.
 
     Two of the keywords are the prompt's own and one is foreign; without `noise_keyword`, a control, all are its own.
