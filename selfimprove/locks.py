@@ -67,7 +67,7 @@ def held(folder: Path, what: str, hint: str) -> Iterator[None]:
         found = holder(folder)
         raise UserError(f"{what} is being written by {found or 'another process'}", hint) from None
     try:
-        (folder / NOTE).write_text(_self().model_dump_json() + "\n", encoding="utf-8")
+        (folder / NOTE).write_text(this_process().model_dump_json() + "\n", encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -84,7 +84,8 @@ def holder(folder: Path) -> Holder | None:
     return None if found.alive is False else found
 
 
-def _self() -> Holder:
+def this_process() -> Holder:
+    """The note of the process that asks."""
     process = psutil.Process()
     try:
         user = getpass.getuser()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_origin
 
 import pydantic
 from pydantic import Field
@@ -381,16 +381,24 @@ class Edit(Section):
         """Change a recipe's table in place.
 
         Raises:
-            UserError: a name leads through a value that is no table, or a dropped one that no recipe can have.
+            UserError: a name leads through a value that is no table, a dropped one is of nothing that there can be, or
+                a section that is there would be replaced.
         """
         for key in self.drop:
-            _known(key)
+            of_choice = not _known(key)
             *names, last = key.split(".")
             inner = functools.reduce(lambda at, name: at.get(name, {}) if isinstance(at, dict) else at, names, table)
             if not isinstance(inner, dict):
                 raise UserError(f"drop '{key}': '{'.'.join(names)}' is no table", "set it as a whole")
+            if of_choice and inner and last not in inner:
+                raise UserError(f"drop '{key}': the recipe has no such key", f"known there: {', '.join(inner)}")
             inner.pop(last, None)
         for key, value in self.set.items():
+            if isinstance(value, dict) and isinstance(table.get(key), dict):
+                raise UserError(
+                    f"set '{key}' would replace the whole section [{key}]",
+                    f'name single keys in quotes: "{_first_leaf(key, value)}" = ...; or drop the section first',
+                )
             put(table, key, value)
 
 
@@ -402,6 +410,12 @@ class Change(Edit):
 
     first: int = Field(1, ge=1)  # round
     last: int | None = Field(None, ge=1)  # round; unset = to the end
+
+    @pydantic.model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.last is not None and self.last < self.first:
+            raise ValueError(f"last = {self.last} is before first = {self.first}, so it would change no round")
+        return self
 
 
 class Control(Section):
@@ -567,17 +581,31 @@ def validated(model: type[M], table: Mapping[str, Any], what: str) -> M:
         raise UserError(f"{what}: {where}{': ' if where else ''}{_plain(first)}", _hint(first, model)) from None
 
 
-def _known(key: str) -> None:
-    """Refuse a name that no recipe can have, which dropping would pass over in silence."""
+def _known(key: str) -> bool:
+    """Refuse a name that no recipe can have, which dropping would pass over in silence.
+
+    Whether that is all there is to know: a choice has parameters of its own.
+    """
     model: Any = Recipe
-    for part in key.split("."):
+    parts = iter(key.split("."))
+    for part in parts:
         if part not in model.model_fields:
             raise UserError(f"drop '{key}': a recipe has no such key", f"known there: {', '.join(model.model_fields)}")
         annotation = model.model_fields[part].annotation
+        if get_origin(annotation) is dict and next(parts, None) is None:  # [servers] itself
+            return True
         sections = [a for a in [annotation, *getattr(annotation, "__args__", ())] if inspect.isclass(a)]
         model = next((a for a in sections if issubclass(a, Section)), None)
-        if model is None:  # a value, or a choice with parameters of its own
-            return
+        if model is None:  # a value, or a choice
+            return next(parts, None) is None
+    return True
+
+
+def _first_leaf(key: str, value: Any) -> str:
+    while isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    return key
 
 
 def put(table: dict[str, Any], key: str, value: Any) -> None:

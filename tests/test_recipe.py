@@ -138,11 +138,34 @@ class TestSchedule:
 
     @pytest.mark.parametrize(
         ("drop", "says"),
-        [("train.nois", "a recipe has no such key"), ("train.optimizer.batchsize", "a recipe has no such key")],
+        [
+            ("train.nois", "a recipe has no such key"),
+            ("train.optimizer.batchsize", "a recipe has no such key"),
+            ("train.loss.bet", "the recipe has no such key"),
+            ("servers.judge.price", "a recipe has no such key"),
+        ],
     )
     def test_a_dropped_name_that_no_recipe_has_is_refused(self, drop, says):
         with pytest.raises(UserError, match=says):
-            recipe.Edit(drop=[drop]).apply({"train": {}})
+            recipe.Edit(drop=[drop]).apply({"train": {"loss": {"name": "dpo", "beta": 0.1}}})
+
+    def test_a_server_can_be_dropped(self):
+        table = {"servers": {"judge": {"url": "u"}, "other": {"url": "v", "attempts": 2}}}
+        recipe.Edit(drop=["servers.judge", "servers.other.attempts"]).apply(table)
+        assert table == {"servers": {"other": {"url": "v"}}}
+
+    def test_a_section_that_is_there_is_not_replaced_in_passing(self):
+        table = {"train": {"loss": {"name": "dpo"}, "optimizer": {"epochs": 2}}}
+        given = {"train": {"optimizer": {"epochs": 3}}}  # TOML's train.optimizer.epochs without quotes
+        with pytest.raises(UserError, match=r"would replace the whole section \[train\]") as raised:
+            recipe.Edit(set=given).apply(table)
+        assert '"train.optimizer.epochs" = ...' in raised.value.hint
+        recipe.Edit(drop=["train"], set=given).apply(table)
+        assert table == given
+
+    def test_rounds_that_end_before_they_begin_are_refused(self):
+        with pytest.raises(UserError, match="last = 2 is before first = 3"):
+            recipe_file.load(recipe_file.find("spin"), ['schedule=[{first=3, last=2, set={"generate.n"=2}}]'])
 
     def test_a_drop_may_name_what_is_not_there_and_not_go_through_a_list(self):
         table = {"train": {"loss": [{"name": "dpo"}]}}

@@ -13,6 +13,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from selfimprove import recipe_file, store, study
+from selfimprove.data import SHIPPED
 from selfimprove.errors import UserError
 from selfimprove.execution import Executors
 from selfimprove.run import adopt, iterate
@@ -66,6 +67,29 @@ def per_prompt(run: str, stage: str, mode: str) -> dict[str, float]:
 
 
 class TestPerform:
+    def test_an_arm_that_its_gate_stops_is_reported_with_its_own_last_round(self, folder):
+        lines = SHIPPED["demo:selection"].read_text(encoding="utf-8").splitlines(keepends=True)
+        Path("selection.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
+        gated = """
+[arms.gated]
+recipe = "spin"
+[arms.gated.set]
+stages = ["generate", "label", "train", "evaluate", "gate"]
+"gate.patience" = 1
+"data.selection" = "selection.jsonl"
+"""
+        file = TINY.replace("rounds = 1", "rounds = 3").replace("seeds = [0, 1]", "seeds = [0]") + gated
+        Path("tiny.toml").write_text(file, encoding="utf-8")
+        result = selfimprove("study", "tiny.toml", "--out", "report.md", "--json", "numbers.json")
+        assert result.code == 0, result.err
+        told = json.loads(Path("numbers.json").read_text())
+        [(name, last)] = told["stopped"].items()
+        assert (name, last < 3) == ("tiny-clean-gated-s0", True)
+        assert f"`{name}` after round {last}" in Path("report.md").read_text(encoding="utf-8")
+        rounds = [row["round"] for row in told["worlds"]["clean"]["rows"] if row["arm"] == "gated"]
+        assert rounds == list(range(1, last + 1))
+        assert "receipt" not in told["versions"]
+
     def test_made_shared_failed_reported_and_made_again(self, folder):
         Path("tiny.toml").write_text(TINY + BAD, encoding="utf-8")
         result = selfimprove("study", "tiny.toml", "--jobs", "2", "--out", "docs/report.md", "--json", "numbers.json")

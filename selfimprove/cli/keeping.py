@@ -178,7 +178,9 @@ def pull(
         found = mirror.pull(address, runs, bar.progress, told.append)
     point_links(found, recipe_file.load(found.recipe_file))
     print(found.path)
-    for sentence in told or ["nothing was missing here"]:
+    begun = any(found.path.glob("iter-*/*/manifest.json"))
+    none = "nothing was missing here" if begun else "the store has no finished stage of it: push it where it was made"
+    for sentence in told or [none]:
         print(line(sentence), file=sys.stderr)
     where = "" if runs.resolve() == RUNS.resolve() else f"move it into a folder called {RUNS}, and beside that folder: "
     print(f"\nhint: {where}selfimprove resume {found.name}", file=sys.stderr)

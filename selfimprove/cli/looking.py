@@ -144,6 +144,7 @@ def compare(
 
     told = comparison.compare([comparison.side(*open_run(run)) for run in runs])
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(drawing.page(told), encoding="utf-8")
         print(out, file=sys.stderr)
     if as_json:

@@ -172,7 +172,8 @@ def study(
     if failures:
         raise UserError(
             f"{len(failures)} of {len(runs)} runs failed: {next(iter(failures))}: {next(iter(failures.values()))}",
-            f"mend it, then the same command makes what is missing; logs are in {folder.path}",
+            "mend it, then the same command makes what is missing; a run whose settings have changed since: remove it, "
+            f"or give the study another name; logs are in {folder.path}",
         )
 
 

@@ -90,16 +90,16 @@ class Line:
             async with self._purse.held(worst):
                 if self.stop.is_set():
                     raise Stopped
-                self._purse.spent.requests += 1
-                try:
-                    found = await self._attempt(body)
-                except asyncio.CancelledError:
-                    self._purse.lose(worst)
-                    raise
-                if isinstance(found, Answer):
-                    keep(found)
-                elif found.billed:
-                    self._purse.lose(worst)
+                with self._purse.sent(worst):
+                    try:
+                        found = await self._attempt(body)
+                    except asyncio.CancelledError:
+                        self._purse.lose(worst)
+                        raise
+                    if isinstance(found, Answer):
+                        keep(found)
+                    elif found.billed:
+                        self._purse.lose(worst)
             if isinstance(found, Answer):
                 return
             last = found.said

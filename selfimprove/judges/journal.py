@@ -9,13 +9,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from selfimprove.locks import Holder, this_process
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value BLOB NOT NULL, seal BLOB) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, usd REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS under_way
+(id INTEGER PRIMARY KEY, account TEXT NOT NULL, usd REAL NOT NULL, process TEXT NOT NULL);
 """
+COUNTS = ("requests", "answers", "prompt_tokens", "completion_tokens", "unmeasured")  # of an account, besides its USD
 
 
 class Journal:
@@ -70,10 +76,10 @@ class Journal:
                 [(key, value, _seal(key, value)) for key, value in answers.items()],
             )
 
-    def put_paid(self, answers: Mapping[str, bytes], account: str, usd: float) -> None:
+    def put_paid(self, answers: Mapping[str, bytes], account: str, usd: float, **counts: int) -> None:
         """Keep answers and what they cost, both or none, on the disk when this returns.
 
-        An answer that is there stays: whoever read it keeps being right.
+        An answer that is there stays: whoever read it keeps being right. `counts` are of COUNTS.
         """
         self._file.execute("PRAGMA synchronous = FULL")
         with _full_disk(self._path), self._transaction():
@@ -82,15 +88,55 @@ class Journal:
                 "seal = excluded.seal WHERE NOT _sound(key, value, seal)",
                 [(key, value, _seal(key, value)) for key, value in answers.items()],
             )
-            self._file.execute(
-                "INSERT INTO accounts VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET usd = usd + ?2", (account, usd)
-            )
+            self._book(account, usd, answers=len(answers), **counts)
         self._file.execute("PRAGMA synchronous = NORMAL")
+
+    def begin(self, account: str, worst: float) -> int:
+        """Count a request that is sent now, and note what it may cost, which a kill leaves to `settle`; its number."""
+        with _full_disk(self._path), self._transaction():
+            self._book(account, 0.0, requests=1)
+            noted = "INSERT INTO under_way (account, usd, process) VALUES (?, ?, ?)"
+            number = self._file.execute(noted, (account, worst, self._process)).lastrowid
+        assert number is not None
+        return number
+
+    def end(self, number: int) -> None:
+        """A request is no longer under way; what it cost has been put."""
+        self._file.execute("DELETE FROM under_way WHERE id = ?", (number,))
+
+    def settle(self, account: str) -> None:
+        """Book at its worst what processes that were killed had under way; those of other machines may be alive."""
+        rows = self._file.execute("SELECT id, usd, process FROM under_way WHERE account = ?", (account,)).fetchall()
+        for number, usd, process in rows:
+            if Holder.model_validate_json(process).alive is False:
+                with _full_disk(self._path), self._transaction():
+                    gone = self._file.execute("DELETE FROM under_way WHERE id = ?", (number,)).rowcount
+                    if gone and usd:  # another process may have settled it meanwhile
+                        self._book(account, usd, unmeasured=1)
 
     def paid(self, account: str) -> float:
         """USD put under an account so far, by all processes."""
         row = self._file.execute("SELECT usd FROM accounts WHERE name = ?", (account,)).fetchone()
         return float(row[0]) if row else 0.0
+
+    def counts(self, account: str) -> dict[str, int]:
+        """What has been counted under an account so far, by all processes, by the names of COUNTS."""
+        chosen = f"SELECT {', '.join(COUNTS)} FROM accounts WHERE name = ?"
+        row = self._file.execute(chosen, (account,)).fetchone()
+        return dict(zip(COUNTS, row or (0,) * len(COUNTS), strict=True))
+
+    def _book(self, account: str, usd: float, **counts: int) -> None:
+        added = {"usd": usd, **counts}
+        columns, marks = ", ".join(added), ", ".join("?" * len(added))
+        sums = ", ".join(f"{name} = {name} + excluded.{name}" for name in added)
+        self._file.execute(
+            f"INSERT INTO accounts (name, {columns}) VALUES (?, {marks}) ON CONFLICT (name) DO UPDATE SET {sums}",
+            (account, *added.values()),
+        )
+
+    @cached_property
+    def _process(self) -> str:
+        return this_process().model_dump_json()
 
     def close(self) -> None:
         """Let go of the file."""
@@ -115,7 +161,8 @@ class Journal:
             if one.exists():
                 one.rename(aside.with_name(aside.name + end))
         print(
-            f"the answers kept in {self._path} are damaged ({why}); set aside as {aside.name}, and asked for again",
+            f"the answers kept in {self._path} are damaged ({why}); set aside as {aside.name}, and asked for again; "
+            "what servers were paid so far is not known any more, and ceilings count from zero",
             file=sys.stderr,
         )
         self._file = _opened(self._path, True)
@@ -131,6 +178,9 @@ def _opened(path: Path, fresh: bool) -> sqlite3.Connection:
         file.executescript(TABLES)
         if "seal" not in [column[1] for column in file.execute("PRAGMA table_info(answers)")]:
             file.execute("ALTER TABLE answers ADD COLUMN seal BLOB")
+        known = [column[1] for column in file.execute("PRAGMA table_info(accounts)")]
+        for name in [name for name in COUNTS if name not in known]:
+            file.execute(f"ALTER TABLE accounts ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
         file.create_function("_sound", 3, lambda key, value, seal: seal is None or seal == _seal(key, value))
     except BaseException:
         file.close()

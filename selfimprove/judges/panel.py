@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,16 +175,19 @@ class Models:
 
     @property
     def spent(self) -> dict[str, "Spent"]:
-        """What each server was asked by this process, and what the stage has paid for it, in earlier processes too."""
+        """What each server was asked and paid by the stage, in earlier processes too; `cached` is of this one."""
         from selfimprove.judges.purse import Spent
 
         if not self._journal.exists():
             return {}
         found, journal = {}, Journal(self._journal)
         for name in self.servers:
-            paid, client = journal.paid(self._account(name)), self._clients.get(name)
-            if client or paid:
-                found[name] = replace(client.spent if client else Spent(), usd=paid)
+            account, client = self._account(name), self._clients.get(name)
+            journal.settle(account)
+            counted = journal.counts(account)
+            if client or counted["requests"]:
+                cached = client.spent.cached if client else 0
+                found[name] = Spent(cached=cached, usd=journal.paid(account), **counted)
         journal.close()
         return found
 

@@ -1,8 +1,8 @@
-"""What asking a server costs, and a ceiling that is never passed."""
+"""What asking a server costs, and a ceiling for it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from selfimprove import recipe
@@ -14,7 +14,7 @@ TEMPLATE_TOKENS = 256  # more than the chat templates that we know add to a mess
 
 @dataclass
 class Spent:
-    """What one client has asked for and paid."""
+    """What has been asked of a server and paid, by one client or under one account."""
 
     requests: int = 0  # sent, each attempt counted
     answers: int = 0  # replies received and kept
@@ -28,6 +28,9 @@ class Spent:
 class Purse:
     """Lets a request go out only where even its worst case stays below the ceiling; lives in one event loop.
 
+    A server that charges more for a request than its worst case, for a prompt of its own or for reasoning beyond
+    max_tokens, is believed: requests after that are reckoned dearer by as much.
+
     Args:
         name: of the server in the recipe.
         server: prices and ceiling.
@@ -39,28 +42,50 @@ class Purse:
     def __init__(self, name: str, server: recipe.Server, journal: Journal, account: str, spent: Spent) -> None:
         self._name, self._server, self._journal, self._account = name, server, journal, account
         self.spent = spent
+        journal.settle(account)
+        self._dearer = 1.0
         self._changed = asyncio.Condition()
         self._open = 0
         self._held = 0.0
 
     def worst(self, text: str, completion_tokens: int) -> float:
         """The most that a question can cost, in USD: no tokenizer makes more tokens than there are bytes."""
-        return self._price(len(text.encode()) + TEMPLATE_TOKENS, completion_tokens)
+        return self._dearer * self._price(len(text.encode()) + TEMPLATE_TOKENS, completion_tokens)
 
     def pay(self, answers: Mapping[str, bytes], tokens: tuple[int, int] | None, worst: float) -> None:
         """Keep answers by key, and book the tokens (prompt, completion) they cost; None = unknown, so the worst."""
         usd = worst if tokens is None else self._price(*tokens)
-        self._journal.put_paid(answers, self._account, usd)
+        if worst and usd > worst:
+            self._dearer *= usd / worst
+        read, written = tokens or (0, 0)
+        self._journal.put_paid(
+            answers,
+            self._account,
+            usd,
+            prompt_tokens=read,
+            completion_tokens=written,
+            unmeasured=int(tokens is None),
+        )
         self.spent.answers += len(answers)
         self.spent.usd += usd
         self.spent.unmeasured += tokens is None
-        self.spent.prompt_tokens += tokens[0] if tokens else 0
-        self.spent.completion_tokens += tokens[1] if tokens else 0
+        self.spent.prompt_tokens += read
+        self.spent.completion_tokens += written
 
     def lose(self, worst: float) -> None:
         """Book a request without an answer that may be charged for all the same."""
         if worst:
             self.pay({}, None, worst)
+
+    @contextmanager
+    def sent(self, worst: float) -> Iterator[None]:
+        """Count a request; if this process is killed before it has paid, the next books it at its worst."""
+        self.spent.requests += 1
+        number = self._journal.begin(self._account, worst)
+        try:
+            yield
+        finally:
+            self._journal.end(number)
 
     @asynccontextmanager
     async def held(self, usd: float) -> AsyncIterator[None]:

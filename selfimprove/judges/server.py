@@ -198,10 +198,10 @@ class Client:
             worst = purse.worst(row.text, row.max_tokens * body.get("n", 1))
 
             def keep(answer: Answer, asked: range = asked, worst: float = worst) -> None:
-                replies = sorted(answer.choices, key=lambda reply: reply.index)
+                replies = sorted(answer.choices, key=lambda reply: reply.index or 0)
                 self._at_once = self._at_once and len(replies) >= len(asked)
                 kept = {row.keys[k]: self._read(reply, row) for k, reply in zip(asked, replies, strict=False)}
-                purse.pay(kept, _tokens(answer), worst)
+                purse.pay(kept, answer.tokens, worst)
 
             try:
                 await line.ask(body, worst, keep)
@@ -258,10 +258,3 @@ def _shares(top: Sequence[tuple[str, float]], options: Sequence[str]) -> list[fl
     weights = [math.fsum(math.exp(logprob) for token, logprob in top if token.strip() == option) for option in options]
     whole = math.fsum(weights)
     return [weight / whole for weight in weights] if whole > 0 else None
-
-
-def _tokens(answer: Answer) -> tuple[int, int] | None:
-    usage = answer.usage
-    if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
-        return None
-    return usage.prompt_tokens, usage.completion_tokens

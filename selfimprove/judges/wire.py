@@ -5,10 +5,11 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
 LONE = re.compile("[\ud800-\udfff]")  # half of a character, which no file can hold
 
 
@@ -42,23 +43,23 @@ class Reply(msgspec.Struct):
     """One of the `n` choices."""
 
     message: Message
-    index: int = 0
+    index: int | None = None
     finish_reason: str | None = None
     logprobs: Logprobs | None = None
-
-
-class Usage(msgspec.Struct):
-    """Tokens as the server counts them."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
 
 
 class Answer(msgspec.Struct):
     """The part of a chat completion that judges need."""
 
     choices: list[Reply]
-    usage: Usage | None = None
+    usage: Any = None  # read apart: counts that make no sense are no reason to lose an answer that is paid for
+
+    @property
+    def tokens(self) -> tuple[int, int] | None:
+        """Of prompt and completion as the server counts them; None where it does not, or its counts are no numbers."""
+        counts = self.usage if isinstance(self.usage, dict) else {}
+        found = [_count(counts.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
 class Failure(NamedTuple):
@@ -95,6 +96,14 @@ def read(status: int, text: str, headers: Mapping[str, str]) -> Answer | Failure
         named = shown if error.get("message") else f"no chat completion ({kind}): {shown}"
         return Failure(f"HTTP {status}, {named}", inner or 500, code, billed=inner is None)
     return Failure(f"HTTP {status}, {shown}", status, code, _wait(headers))
+
+
+def _count(value: Any) -> int | None:
+    try:
+        found: int = msgspec.convert(value, Count, strict=False)
+    except msgspec.ValidationError:
+        return None
+    return found
 
 
 def _said_something(reply: Reply) -> bool:

@@ -40,6 +40,11 @@ class Made:
     seconds: float
     environment: Mapping[str, str]
 
+    @property
+    def last(self) -> int:
+        """The last round; earlier than the recipe's where the gate has stopped the run."""
+        return max(row for row in self.evaluations if isinstance(row, int))
+
 
 # --- what the runs hold ------------------------------------------------------------------------------------------
 
@@ -60,7 +65,8 @@ def _made(run: Run, one: Planned, read: dict[str, Measured]) -> Made:
     manifests: list[Manifest] = []
     for step in steps(one.recipe):
         manifest = read_manifest(run.path / step.directory)
-        assert manifest is not None  # the run is finished
+        if manifest is None:  # the gate has stopped the run before
+            continue
         manifests.append(manifest)
         if step.stage is evaluate:
             if manifest.key not in read:
@@ -91,10 +97,12 @@ def numbers(study: Study, folder: Folder) -> dict[str, Any]:
         why = next(iter(ledger.failures.values()), "")
         raise UserError(
             f"no run of study '{study.name}' is finished{f'; one failed: {why}' if why else ''}",
-            "run it without --report-only",
+            f"mend it, then the same command makes what is missing; logs are in {folder.path}"
+            if why
+            else "run it without --report-only",
         )
     complete = {one.planned.name for one in made}
-    software = {item for one in made for item in one.environment.items() if item[0] != "platform"}
+    software = {item for one in made for item in one.environment.items() if item[0] not in ("platform", "receipt")}
     return {
         "study": study.name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -104,6 +112,7 @@ def numbers(study: Study, folder: Folder) -> dict[str, Any]:
         "settings": _edit(study),
         "failed": {p.name: ledger.failures[p.name] for p in plan if p.name in ledger.failures.keys() - complete},
         "missing": [p.name for p in plan if p.name not in complete | ledger.failures.keys()],
+        "stopped": {one.planned.name: one.last for one in made if one.last < one.planned.recipe.rounds},
         "arms": {name: _arm(study, name, plan) for name in study.arms},
         "worlds": {
             name: _world(study, name, [one for one in made if one.planned.world == name], ledger)
@@ -131,7 +140,7 @@ def _edit(edit: Edit) -> dict[str, Any]:
 
 def _world(study: Study, name: str, made: Sequence[Made], ledger: Ledger) -> dict[str, Any]:
     arms = {arm: runs for arm in study.arms if (runs := [one for one in made if one.planned.arm == arm])}
-    last = {arm: _by_seed(runs, runs[0].planned.recipe.rounds) for arm, runs in arms.items()}
+    last = {arm: {one.planned.seed: one.evaluations[one.last] for one in runs} for arm, runs in arms.items()}
     against_base = {arm: (_by_seed(runs, BASE_ROW), last[arm]) for arm, runs in arms.items()}
     for row in (CONTROL, SFT):
         for label, runs in _shared(arms, row).items():
@@ -185,7 +194,7 @@ def _rows(arms: Mapping[str, Sequence[Made]]) -> list[dict[str, Any]]:
         for label, of in _shared(arms, row).items():
             found.append({"arm": label, "round": 0, **_pooled(_by_seed(of, row))})
     for arm, runs in arms.items():
-        for number in range(1, runs[0].planned.recipe.rounds + 1):
+        for number in range(1, max(one.last for one in runs) + 1):
             found.append({"arm": arm, "round": number, **_pooled(_by_seed(runs, number))})
     return found
 
@@ -277,6 +286,9 @@ def _header(told: Mapping[str, Any]) -> list[str]:
         lines.append("## Failed runs\n\nThey are in no table below.\n\n" + _grid(["run", "why"], rows))
     if told["missing"]:
         lines.append(f"Not finished, and in no table: {', '.join(f'`{name}`' for name in told['missing'])}.")
+    if told["stopped"]:
+        named = ", ".join(f"`{name}` after round {last}" for name, last in told["stopped"].items())
+        lines.append(f"Stopped by their gate, so that this is their last round below: {named}.")
     return lines
 
 

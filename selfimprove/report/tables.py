@@ -69,6 +69,7 @@ class Cost(NamedTuple):
     total: float
     tokens: int
     usd: float | None  # None where no server was asked
+    unmeasured: int  # requests whose cost the servers did not say: in `usd` at their worst
 
 
 class Origin(NamedTuple):
@@ -99,7 +100,10 @@ def _cost(name: str, of: Sequence[tuple[str, Manifest]]) -> Cost:
     for stage, manifest in of:
         seconds[stage] = seconds.get(stage, 0.0) + manifest.seconds
     paid = [spent for _, manifest in of if (spent := paid_for(manifest)) is not None]
-    return Cost(name, seconds, sum(seconds.values()), sum(m.tokens for _, m in of), sum(paid) if paid else None)
+    asked = [spent for _, manifest in of for spent in manifest.metrics.get("servers", {}).values()]
+    unmeasured = sum(int(spent.get("unmeasured", 0)) for spent in asked)
+    tokens = sum(m.tokens for _, m in of)
+    return Cost(name, seconds, sum(seconds.values()), tokens, sum(paid) if paid else None, unmeasured)
 
 
 def paid_for(manifest: Manifest) -> float | None:

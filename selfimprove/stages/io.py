@@ -164,7 +164,7 @@ class StageIO:
             logs=self.logs,
             scratch=self.scratch,
             cache=self.cache,
-            account=self.scratch.name,
+            account=f"iter-{self.iteration:03d}/{self.out.directory.name}",  # whatever key it has: money is money
             progress=self.progress,
             opinions=opinions,
         )

@@ -98,10 +98,10 @@ def wrap(ledger: Ledger) -> None:
         put(self, key, value)
         ledger.moment("kept", key)
 
-    def noted_put_paid(self: Journal, answers: Any, account: str, usd: float) -> None:
+    def noted_put_paid(self: Journal, answers: Any, account: str, usd: float, **counts: int) -> None:
         for key in answers:
             ledger.moment("repeated put" if self.get([key]) else "put", key)
-        put_paid(self, answers, account, usd)
+        put_paid(self, answers, account, usd, **counts)
         for key in answers:
             ledger.moment("kept", key)
 

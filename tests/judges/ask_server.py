@@ -1,4 +1,4 @@
-"""Asks a server 200 questions, to be killed on the way: python ask_server.py URL JOURNAL CONCURRENCY."""
+"""Asks a server 200 questions, to be killed on the way: python ask_server.py URL JOURNAL CONCURRENCY [PRICES]."""
 
 import sys
 from pathlib import Path
@@ -13,8 +13,15 @@ QUESTIONS = [Question(f"q{i}", f"question {i}") for i in range(200)]
 SEEDS = [1000 + 10 * i for i in range(200)]
 
 if __name__ == "__main__":
-    url, path, concurrency = sys.argv[1:]
+    url, path, concurrency, *prices = sys.argv[1:]
     calls.FIRST_WAIT = 0.01
-    section = recipe.Server(url=url, model="m", concurrency=int(concurrency), attempts=20, timeout_seconds=2.0)
-    client = Client("s", section, Journal(Path(path)), lambda what, done, total: None)
+    section = recipe.Server(
+        url=url,
+        model="m",
+        concurrency=int(concurrency),
+        attempts=20,
+        timeout_seconds=2.0,
+        **dict(zip(("input_price", "output_price"), map(float, prices), strict=False)),
+    )
+    client = Client("s", section, Journal(Path(path)), lambda what, done, total: None, "stage")
     print("\n".join(reply.texts[0] for reply in client.ask(QUESTIONS, SEEDS, 1, 1.0, 8)))

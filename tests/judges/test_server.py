@@ -18,6 +18,7 @@ from selfimprove.errors import UserError
 from selfimprove.judges import calls
 from selfimprove.judges.journal import Journal
 from selfimprove.judges.protocol import Question, Replies
+from selfimprove.judges.purse import TEMPLATE_TOKENS
 from selfimprove.judges.server import NOT_UNICODE, Client
 from tests.judges import ask_server
 from tests.judges.misbehaving import (
@@ -228,9 +229,16 @@ def test_half_a_character_in_a_reply_can_be_written(journal):
 # --- killed, interrupted, shared --------------------------------------------------------------------------------------
 
 
-def start(server, path, concurrency=8):
+def start(server, path, concurrency=8, prices=()):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests/judges/ask_server.py"), server.url, str(path), str(concurrency)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/judges/ask_server.py"),
+        server.url,
+        str(path),
+        str(concurrency),
+        *prices,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -274,6 +282,32 @@ def test_a_killed_process_repeats_no_finished_request(tmp_path):
         assert len(asked_again) == 200 - len(finished)
         assert out.splitlines() == [r.texts[0] for r in expected(ask_server.QUESTIONS, ask_server.SEEDS)]
         assert sum(server.answered.values()) <= 200 + 2 * 8  # those under way when it was killed
+
+
+def test_what_a_killed_process_had_under_way_is_booked_at_its_worst(tmp_path):
+    path = tmp_path / "answers.sqlite"
+    prices = [str(PRICES["input_price"]), str(PRICES["output_price"])]
+
+    def behave(handler, asked, number):
+        time.sleep(0.1)
+        handler.answer(asked)
+
+    with Server(behave) as server:
+        process = start(server, path, prices=prices)
+        until(lambda: len(server.answered) >= 40)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        time.sleep(0.5)  # what is under way at the server comes to its end
+        process = start(server, path, prices=prices)
+        assert process.wait(timeout=60) == 0
+        replies, sent = sum(server.answered.values()), len(server.asked)
+    journal = Journal(path)
+    counts = journal.counts("stage")
+    worst = ((len("question 199") + TEMPLATE_TOKENS) * PRICES["input_price"] + 8 * PRICES["output_price"]) / 1e6
+    assert 1 <= counts["unmeasured"] <= 8
+    assert replies * PRICE <= journal.paid("stage") <= 200 * PRICE + counts["unmeasured"] * worst
+    assert sent <= counts["requests"] <= sent + 8  # a request is counted before it goes out
+    assert counts["answers"] == 200
 
 
 def test_two_processes_share_a_journal(tmp_path):
@@ -405,6 +439,42 @@ def test_what_a_server_does_not_count_is_booked_at_its_worst(journal, kind, book
         one.ask([Question("q", "q" * 44)], [1], 1, 0.0, 8)
     assert one.spent.unmeasured == booked
     assert one.spent.usd == pytest.approx(booked * ((44 + 256) * 100 + 8 * 1000) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("usage", "unmeasured", "usd"),
+    [
+        ({"prompt_tokens": "30", "completion_tokens": 7.0}, 0, (30 * 100 + 7 * 1000) / 1e6),
+        ({"prompt_tokens": -30, "completion_tokens": 7}, 1, ((44 + 256) * 100 + 8 * 1000) / 1e6),
+        ({"prompt_tokens": "many", "completion_tokens": 7}, 1, ((44 + 256) * 100 + 8 * 1000) / 1e6),
+        ("a lot", 1, ((44 + 256) * 100 + 8 * 1000) / 1e6),
+    ],
+)
+def test_an_answer_is_kept_whatever_the_server_counts(journal, usage, unmeasured, usd):
+    def behave(handler, asked, number):
+        said = completion(asked)
+        said["choices"][0]["index"] = None
+        handler.say(200, {**said, "usage": usage})
+
+    with Server(behave) as server:
+        one = client(server, journal, **PRICES)
+        assert one.ask([Question("q", "q" * 44)], [1], 1, 0.0, 8) == [Replies((reply("q" * 44, 1),))]
+        assert len(server.asked) == 1
+    assert one.spent.unmeasured == unmeasured
+    assert one.spent.usd == pytest.approx(usd)
+
+
+def test_a_server_that_charges_more_than_the_worst_passes_the_ceiling_once(journal):
+    def behave(handler, asked, number):
+        handler.say(200, {**completion(asked), "usage": {"prompt_tokens": 3_000, "completion_tokens": 7}})
+
+    with Server(behave) as server, pytest.raises(UserError, match="of the ceiling"):
+        client(server, journal, account="stage", ceiling_usd=1.0, concurrency=1, **PRICES).ask(
+            questions(20), seeds(20), 1, 0.0, 8
+        )
+    price = (3_000 * 100 + 7 * 1000) / 1e6
+    assert journal.paid("stage") == pytest.approx(3 * price)  # the fourth is reckoned at what the first three cost
+    assert journal.paid("stage") < 1.0
 
 
 @pytest.mark.parametrize("misbehaving", [False, True])

@@ -84,6 +84,15 @@ def test_a_new_machine_goes_on_from_the_store(at_kept_run):
     assert selfimprove("pull", "store/r").err.startswith("nothing was missing here")
 
 
+def test_a_store_that_has_no_stage_yet_is_told(at_kept_run):
+    shutil.rmtree("runs")
+    for manifests in Path("store/r").glob("iter-*"):
+        shutil.rmtree(manifests)
+    result = selfimprove("pull", "store/r")
+    assert result.code == 0, result.err
+    assert result.err.startswith("the store has no finished stage of it")
+
+
 def test_the_same_command_on_a_new_machine_brings_what_is_there_and_makes_the_rest(at_kept_run):
     shutil.move("runs", "first")
     command = ["iterate", "--run", "r", *TINY, "--set", "machine.store=store"]

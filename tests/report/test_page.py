@@ -167,6 +167,9 @@ def test_money_is_shown_where_a_server_was_asked(run_copy):
     told["metrics"]["servers"] = {"judge": {"usd": 1.25}, "other": {"usd": 0.5}}
     altered.write_manifest(directory, told)
     assert Page.of(page_of(run_copy)).text.count("$1.7500") == 2  # its round, and the sum
+    told["metrics"]["servers"]["other"]["unmeasured"] = 3
+    altered.write_manifest(directory, told)
+    assert Page.of(page_of(run_copy)).text.count("at most $1.7500") == 2
 
 
 @pytest.mark.parametrize("left", ["iter-001/3-label", "iter-001", "iter-000"])
