@@ -488,7 +488,7 @@ def test_the_ceiling_is_never_passed_and_the_stage_goes_on_from_it(journal, misb
             client(server, journal, account="stage", ceiling_usd=ceiling, **prices).ask(asked, given, 1, 0.0, 8)
         assert "ceiling_usd" in ended.value.hint
         answered = sum(server.answered.values())
-        assert (1 if misbehaving else 24) <= answered <= 30  # up to what one request may cost at its worst
+        assert (0 if misbehaving else 24) <= answered <= 30  # up to what one request, or each that broke off, may cost
         assert answered * PRICE <= journal.paid("stage") <= ceiling
         requests = len(server.asked)
         with pytest.raises(UserError):  # to start it again is no way around
