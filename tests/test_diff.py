@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from selfimprove import plan, recipe_file
+from selfimprove.data import SHIPPED
 from selfimprove.evaluation.paired import mcnemar
 from selfimprove.records import Generation, Pair, Sample
 from selfimprove.stages import generate, label
@@ -111,6 +112,17 @@ def test_two_runs(runs):
     assert stages["train"]["changes"] == ["train.optimizer.learning_rate 0.0001 -> 0.001"]
     assert found["prompts"]["gone"] == found["prompts"]["new"] == 0
     assert len(found["scores"]) == 2
+
+
+def test_scores_of_other_held_out_prompts_have_their_own_n(folder, runs):
+    lines = SHIPPED["demo:heldout"].read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("other.jsonl").write_text("".join(lines[10:45]), encoding="utf-8")
+    settings = [*QUICK, "--set", "synthesize.prompts=40", "--set", "data.heldout=other.jsonl"]
+    assert selfimprove("iterate", "--rounds", "1", "--run", "three", *settings).code == 0
+    shown = " ".join(selfimprove("diff", "one@1", "three@1").out.split())
+    rows = {row["mode"]: row for row in told("one@1", "three@1")["scores"]}
+    old, new = rows["greedy"]["old"]["value"], rows["greedy"]["new"]["value"]
+    assert f"greedy {old:.3f} (n = 40) -> {new:.3f} (n = 35), on the 30 they share: " in shown
 
 
 def test_a_stage(runs):

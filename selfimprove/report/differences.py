@@ -66,8 +66,11 @@ def _scores(told: Mapping[str, Any]) -> Iterator[Text]:
     if told["scores"] or told["notes"]:
         yield Text("scores on the held-out prompts", "bold")
     for row in told["scores"]:
-        values = f"{row['old']['value']:.3f} -> {row['new']['value']:.3f}"
-        yield Text(line(f"  {row['mode']} {values} (n = {row['n']}): {row['sentence']}"))
+        old, new = (f"{row[which]['value']:.3f}" for which in ("old", "new"))
+        values = f"{old} -> {new} (n = {row['n']})"
+        if row["left_out"]:  # each score is of all its prompts, the difference of the shared ones
+            values = f"{old} (n = {row['old']['n']}) -> {new} (n = {row['new']['n']}), on the {row['n']} they share"
+        yield Text(line(f"  {row['mode']} {values}: {row['sentence']}"))
         if row["left_out"]:
             yield Text(
                 line(f"  {row['left_out']} prompts of one of them have no counterpart; paired by {row['paired_by']}")
