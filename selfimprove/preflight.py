@@ -76,7 +76,8 @@ def answered(chosen: Recipe, seeds: Sequence[Seed]) -> None:
     user = next((what for now in rounds for what, needed in gold_users(now).items() if needed), None)
     if bare and user:
         raise UserError(
-            f"{user} needs gold answers, and {len(bare)} of {len(seeds)} seeds have none, the first is '{bare[0]}'",
+            f"{user} needs gold answers, and {len(bare)} of {len(seeds)} seeds in {chosen.data.seeds} have none,"
+            f" first '{bare[0]}'",
             "give every seed its answer, for example in field 'completion', or take this out of the recipe",
         )
 

@@ -75,5 +75,5 @@ def test_whatever_uses_golds_is_named(name, settings, user):
     chosen = recipe_file.load(recipe_file.find(name), settings)
     with pytest.raises(UserError) as raised:
         preflight.answered(chosen, [Seed("a", "p", "c"), Seed("b", "q", None)])
-    assert raised.value.message == f"{user} needs gold answers, and 1 of 2 seeds have none, the first is 'b'"
+    assert raised.value.message == f"{user} needs gold answers, and 1 of 2 seeds in demo:seeds have none, first 'b'"
     preflight.answered(chosen, [Seed("a", "p", "c")])
