@@ -18,7 +18,7 @@ import transformers
 from selfimprove import interrupts, recipe
 from selfimprove.engine.checkpoints import SAFE
 from selfimprove.errors import UserError
-from selfimprove.training import adapters, checkpoint, distributed, export, losses, references, sharded, weights
+from selfimprove.training import adapters, checkpoint, distributed, export, heap, losses, references, sharded, weights
 from selfimprove.training.distributed import World
 from selfimprove.training.job import Job, PairRow, Weights
 from selfimprove.training.learner import Learner
@@ -46,6 +46,11 @@ def fit(job: Job, world: World) -> dict[str, float]:
     torch.manual_seed(job.seed)
     if job.machine.threads is not None:
         torch.set_num_threads(job.machine.threads)
+    with heap.kept(world.device):
+        return _fit(job, world)
+
+
+def _fit(job: Job, world: World) -> dict[str, float]:
     policy, module = _policy(job, world)
     mode = _mode(job, policy, world)
     distributed.reshard(module)
