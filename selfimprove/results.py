@@ -41,7 +41,7 @@ class Round:
 
 
 class Cost(NamedTuple):
-    """What stages took; `usd` is None where no server was asked, or one whose price the recipe does not say."""
+    """What stages took; `usd` is of the servers with a price, None where none of those asked has one."""
 
     tokens: int
     seconds: float
@@ -141,12 +141,13 @@ def total(parts: Sequence[Cost]) -> Cost:
 def cost(manifest: Manifest, chosen: Recipe) -> Cost:
     """What a stage of a run took, as its manifest has it."""
     asked: Mapping[str, Mapping[str, Any]] = manifest.metrics.get("servers", {})
-    servers = {name: chosen.servers.get(name) for name in asked}
-    priced = asked and all(server and (server.input_price or server.output_price) for server in servers.values())
+    paid = {name: float(spent["usd"]) for name, spent in asked.items()}
+    prices = [chosen.servers[name] for name in asked if name in chosen.servers]
+    known = any(paid.values()) or any(server.input_price or server.output_price for server in prices)
     return Cost(
         manifest.tokens,
         manifest.seconds,
-        sum(float(spent["usd"]) for spent in asked.values()) if priced else None,
+        sum(paid.values()) if known else None,
         sum(int(spent["unmeasured"]) for spent in asked.values()),
     )
 

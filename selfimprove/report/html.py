@@ -55,7 +55,7 @@ def content(run: Run, recipe: Recipe, encode: facts.Encode | None = None) -> dic
     gates = evidence.in_rounds(run.path, "gate.json")
     audits = evidence.in_rounds(run.path, "audit.json")
     modes = list(found[0].scores) if found else []
-    costs = tables.costs(examined)
+    costs = tables.costs(examined, recipe)
     primary = next((told["primary"]["metric"] for told in gates.values()), None)
     promoted = gates[max(gates)]["best"] if gates else None
     return {

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from selfimprove import results
 from selfimprove.plan import BASE, INITIAL, Examined
 from selfimprove.recipe import Recipe
 from selfimprove.report.evidence import finite
@@ -68,7 +69,7 @@ class Cost(NamedTuple):
     seconds: dict[str, float]  # by stage
     total: float
     tokens: int
-    usd: float | None  # None where no server was asked
+    usd: float | None  # None where no server with a price was asked
     unmeasured: int  # requests whose cost the servers did not say: in `usd` at their worst
 
 
@@ -85,31 +86,23 @@ def flow(examined: Iterable[Examined]) -> list[Flow]:
     return [Flow(one.step.directory, one.status, one.manifest) for one in examined if one.manifest]
 
 
-def costs(examined: Iterable[Examined]) -> list[Cost]:
+def costs(examined: Iterable[Examined], recipe: Recipe) -> list[Cost]:
     """Seconds, tokens and money by iteration; the last row is the sum."""
-    grouped: dict[int, list[tuple[str, Manifest]]] = {}
+    grouped: dict[int, list[tuple[str, results.Cost]]] = {}
     for one in examined:
         if one.manifest:
-            grouped.setdefault(one.step.iteration, []).append((kind(one.step.name), one.manifest))
+            found = kind(one.step.name), results.cost(one.manifest, recipe)
+            grouped.setdefault(one.step.iteration, []).append(found)
     rows = [_cost(str(k) if k > BASE else "base", grouped[k]) for k in sorted(grouped)]
     return [*rows, _cost("all", [one for of in grouped.values() for one in of])]
 
 
-def _cost(name: str, of: Sequence[tuple[str, Manifest]]) -> Cost:
+def _cost(name: str, of: Sequence[tuple[str, results.Cost]]) -> Cost:
     seconds: dict[str, float] = {}
-    for stage, manifest in of:
-        seconds[stage] = seconds.get(stage, 0.0) + manifest.seconds
-    paid = [spent for _, manifest in of if (spent := paid_for(manifest)) is not None]
-    asked = [spent for _, manifest in of for spent in manifest.metrics.get("servers", {}).values()]
-    unmeasured = sum(int(spent.get("unmeasured", 0)) for spent in asked)
-    tokens = sum(m.tokens for _, m in of)
-    return Cost(name, seconds, sum(seconds.values()), tokens, sum(paid) if paid else None, unmeasured)
-
-
-def paid_for(manifest: Manifest) -> float | None:
-    """USD for the servers that a stage asked; None where it asked none."""
-    servers = manifest.metrics.get("servers")
-    return sum(float(spent.get("usd", 0.0)) for spent in servers.values()) if servers else None
+    for stage, one in of:
+        seconds[stage] = seconds.get(stage, 0.0) + one.seconds
+    whole = results.total([one for _, one in of])
+    return Cost(name, seconds, whole.seconds, whole.tokens, whole.usd, whole.unmeasured)
 
 
 def kind(step: str) -> str:

@@ -164,7 +164,9 @@ def test_dropped_rows_have_their_reasons(four_rounds, whole):
 def test_money_is_shown_where_a_server_was_asked(run_copy):
     directory = run_copy / "iter-002/3-label"
     told = json.loads((directory / "manifest.json").read_text())
-    told["metrics"]["servers"] = {"judge": {"usd": 1.25}, "other": {"usd": 0.5}}
+    told["metrics"]["servers"] = {
+        name: {"usd": usd, "unmeasured": 0} for name, usd in [("judge", 1.25), ("other", 0.5), ("own", 0.0)]
+    }
     altered.write_manifest(directory, told)
     assert Page.of(page_of(run_copy)).text.count("$1.7500") == 2  # its round, and the sum
     told["metrics"]["servers"]["other"]["unmeasured"] = 3
