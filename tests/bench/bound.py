@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from selfimprove.training import heap
 from selfimprove.training.job import Tree
 from selfimprove.training.packing import fill, size
 from tests.bench import workload
@@ -83,7 +84,8 @@ def main() -> None:
     given = parser.parse_args()
     for vocab in given.vocab:
         for tokens in given.tokens:
-            found = share(workload.cpu(vocab), given.repeats, tokens)
+            with heap.kept(torch.device("cpu")):
+                found = share(workload.cpu(vocab), given.repeats, tokens)
             print(f"vocabulary {vocab:,}, {tokens:,} tokens a micro-batch: {spread(found)} of the peak", flush=True)
 
 

@@ -1,15 +1,15 @@
-"""Ours against one of TRL's settings: first the same numbers, then the time, repetitions interleaved in one process."""
+"""Ours against one of TRL's settings: first the same numbers, then the time, repetitions in turn."""
 
-import gc
 import math
 import statistics
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from selfimprove.training.job import PairRow, Tree
 from selfimprove.training.packing import size
-from tests.bench import workload
+from tests.bench import apart, workload
+from tests.bench.apart import Worker
 from tests.bench.sides import Ours, Trl
 from tests.bench.workload import Setting
 
@@ -30,10 +30,10 @@ class Baseline(NamedTuple):
         """Of a step."""
         return (self.pairs or setting.pairs) // math.comb(self.responses, 2)
 
-    def sides(self, setting: Setting, rows: list[PairRow]) -> tuple[Trl, Ours]:
-        """Both trainers at the same random weights."""
+    def trl(self, setting: Setting, rows: list[PairRow]) -> Trl:
+        """Theirs."""
         pairs = self.pairs or setting.pairs
-        theirs = Trl(
+        return Trl(
             setting,
             rows,
             online=self.online,
@@ -42,7 +42,10 @@ class Baseline(NamedTuple):
             pairs=pairs,
             checkpointing=self.checkpointing,
         )
-        return theirs, Ours(setting, rows, online=self.ours_online, checkpointing=self.checkpointing)
+
+    def ours(self, setting: Setting, rows: list[PairRow]) -> Ours:
+        """At the same random weights."""
+        return Ours(setting, rows, online=self.ours_online, checkpointing=self.checkpointing)
 
 
 class Result(NamedTuple):
@@ -97,9 +100,8 @@ def baselines(setting: Setting, every: bool) -> list[Baseline]:
     return found
 
 
-def compare(setting: Setting, baseline: Baseline, repeats: int) -> Result:
+def compare(setting: Setting, baseline: Baseline, repeats: int, theirs: Worker, ours: Worker) -> Result:
     """Measure one baseline. Each repetition is one optimiser step on pairs of its own, the same on both sides."""
-    torch.set_num_threads(1)
     prompts = baseline.prompts(setting)
     trees = workload.trees(setting, prompts * (repeats + 1), baseline.responses)
     steps: list[tuple[list[Tree], list[PairRow]]] = []
@@ -109,22 +111,25 @@ def compare(setting: Setting, baseline: Baseline, repeats: int) -> Result:
     steps = [
         (part, [row._replace(pair_id=f"{n}/{row.pair_id}") for row in rows]) for n, (part, rows) in enumerate(steps)
     ]
-    theirs, ours = baseline.sides(setting, [row for _, rows in steps for row in rows])
-    workload.perturb(theirs.model)
-    workload.perturb(ours.model)
-    expected, found = theirs.check(steps[0][1]), ours.check(steps[0][1])
-    theirs.step(steps[0][1][:1])  # allocates the optimiser's moments
-    ours.step(steps[0][1][:1])
+    given = [row for _, rows in steps for row in rows]
+    theirs.do(apart.build, baseline.trl, setting, given)
+    ours.do(apart.build, baseline.ours, setting, given)
+    expected, found = (side.do(apart.check, steps[0][1]) for side in (theirs, ours))
+    loss_diff, max_logp_diff, grad_rel_diff = _differences(expected, found)
+    for side in (theirs, ours):
+        side.do(apart.step, steps[0][1][:1])  # allocates the optimiser's moments
     seconds: list[tuple[float, float, float]] = []
     for number, (_, rows) in enumerate(steps[1:]):
-        peak = workload.peak_flops(setting)
+        peak = ours.do(apart.peak, setting)
         if number % 2:
-            own = ours.step(rows)
-            seconds.append((theirs.step(rows), own, peak))
+            own = ours.do(apart.step, rows)
+            seconds.append((theirs.do(apart.step, rows), own, peak))
         else:
-            seconds.append((theirs.step(rows), ours.step(rows), peak))
+            seconds.append((theirs.do(apart.step, rows), ours.do(apart.step, rows), peak))
+    for side in (theirs, ours):
+        side.do(apart.drop)
     flops = [workload.needed_flops(setting, part) for part, _ in steps[1:]]
-    result = Result(
+    return Result(
         baseline=baseline,
         setting=setting,
         ratios=[a / b for a, b, _ in seconds],
@@ -134,16 +139,17 @@ def compare(setting: Setting, baseline: Baseline, repeats: int) -> Result:
         peaks=[p for _, _, p in seconds],
         pairs=len(steps[0][1]),
         tokens=statistics.mean(sum(map(size, part)) for part, _ in steps[1:]),
-        max_logp_diff=(expected.logps - found.logps).abs().max().item(),
-        grad_rel_diff=((expected.gradient - found.gradient).norm() / expected.gradient.norm()).item(),
-        loss_diff=abs(expected.loss - found.loss),
+        max_logp_diff=max_logp_diff,
+        grad_rel_diff=grad_rel_diff,
+        loss_diff=loss_diff,
     )
-    theirs.folder.cleanup()
-    del theirs, ours
-    gc.collect()
-    if setting.device == "cuda":
-        torch.cuda.empty_cache()
-    return result
+
+
+def _differences(expected: apart.Seen, found: apart.Seen) -> tuple[float, float, float]:
+    """Of the loss, the largest of a log-prob, and of the gradient as a whole, relative."""
+    (loss, logps, gradient), (other_loss, other_logps, other) = expected, found
+    distance = np.linalg.norm(gradient.astype(np.float64) - other) / np.linalg.norm(gradient.astype(np.float64))
+    return abs(loss - other_loss), float(np.abs(logps - other_logps).max()), float(distance)
 
 
 def best_batch(results: list[Result]) -> Result | None:

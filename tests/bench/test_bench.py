@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from selfimprove.training.job import Tree
 from selfimprove.training.packing import trees_of
 from tests.bench import bound, memory, workload
+from tests.bench.apart import Worker
 from tests.bench.measure import Baseline, baselines, best_batch, compare
 from tests.bench.train import HEAD, line
 
@@ -20,9 +21,15 @@ def _threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def workers():
+    with Worker(keeps_heap=False) as theirs, Worker(keeps_heap=True) as ours:
+        yield theirs, ours
+
+
 @pytest.mark.parametrize("baseline", baselines(workload.tiny(97), every=True), ids=lambda b: b.name)
-def test_both_trainers_see_the_same_numbers(baseline):
-    result = compare(workload.tiny(97), baseline, repeats=1)
+def test_both_trainers_see_the_same_numbers(baseline, workers):
+    result = compare(workload.tiny(97), baseline, 1, *workers)
     assert result.max_logp_diff < 1e-4
     assert 0 < result.grad_rel_diff < 1e-4
     assert result.loss_diff < 1e-5
@@ -33,8 +40,8 @@ def test_both_trainers_see_the_same_numbers(baseline):
     assert line(result).count("|") == HEAD.splitlines()[0].count("|")
 
 
-def test_the_best_batch_is_the_one_where_trl_comes_closest():
-    done = compare(workload.tiny(97), Baseline("trl precomputed"), repeats=1)
+def test_the_best_batch_is_the_one_where_trl_comes_closest(workers):
+    done = compare(workload.tiny(97), Baseline("trl precomputed"), 1, *workers)
     other = done._replace(baseline=Baseline("trl batch 1", device_batch=1), ratios=[done.ratios[0] / 2])
     best = best_batch([done, other])
     assert best.baseline.name == "trl best batch (1)"

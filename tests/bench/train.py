@@ -5,12 +5,8 @@ import json
 import statistics
 from pathlib import Path
 
-import datasets
-import torch
-import transformers
-
-from selfimprove.training import heap
 from tests.bench import memory, workload
+from tests.bench.apart import Worker
 from tests.bench.measure import Result, baselines, best_batch, compare
 
 
@@ -21,27 +17,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--vocab", type=int, nargs="+", default=[1024, 32768])
     given = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     entries = []
-    for vocab in given.vocab:
-        setting = workload.here(vocab)
-        print(f"\nvocabulary {vocab:,}, {setting.device}, {setting.dtype}, {given.repeats} repetitions\n", flush=True)
-        print(HEAD, flush=True)
-        results = []
-        for baseline in baselines(setting, every=vocab == EVERY_AT):
-            with heap.kept(torch.device(setting.device)):  # TRL gains by it too: the same terms for both
-                results.append(compare(setting, baseline, given.repeats))
-            print(line(results[-1]), flush=True)
-        if best := best_batch(results):
-            results.append(best)
-            print(line(best), flush=True)
-        entries += [result.entry() for result in results]
-        print(f"\npeak of matrix products: {spread([p / 1e9 for r in results for p in r.peaks])} GFLOP/s\n")
-        print(memory_table(setting), flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    with Worker(keeps_heap=False) as theirs, Worker(keeps_heap=True) as ours:
+        for vocab in given.vocab:
+            setting = workload.here(vocab)
+            print(
+                f"\nvocabulary {vocab:,}, {setting.device}, {setting.dtype}, {given.repeats} repetitions\n", flush=True
+            )
+            print(HEAD, flush=True)
+            results = []
+            for baseline in baselines(setting, every=vocab == EVERY_AT):
+                results.append(compare(setting, baseline, given.repeats, theirs, ours))
+                print(line(results[-1]), flush=True)
+            if best := best_batch(results):
+                results.append(best)
+                print(line(best), flush=True)
+            entries += [result.entry() for result in results]
+            print(f"\npeak of matrix products: {spread([p / 1e9 for r in results for p in r.peaks])} GFLOP/s\n")
+            print(memory_table(setting), flush=True)
+            if given.out:
+                given.out.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
 EVERY_AT = 1024  # the vocabulary at which TRL is also tried with other batch sizes, four responses and checkpointing
