@@ -56,13 +56,24 @@ class Result(NamedTuple):
     ratios: list[float]  # TRL's seconds over ours
     theirs: list[float]  # seconds of a step
     ours: list[float]
-    shares: list[float]  # needed FLOPs per second over the best peak of all repetitions
-    peaks: list[float]  # FLOP/s, measured before each repetition
+    rates: list[float]  # ours, needed FLOP/s
+    peaks: list[tuple[float, float]]  # FLOP/s, just before and just after each of our steps
     pairs: int  # of a step
     tokens: float  # distinct ones of a step, mean
     max_logp_diff: float
     grad_rel_diff: float
     loss_diff: float
+
+    @property
+    def shares(self) -> list[float]:
+        """Ours over the higher of the two peaks beside the step, since a shared machine wavers from step to step."""
+        return [rate / max(beside) for rate, beside in zip(self.rates, self.peaks, strict=True)]
+
+    @property
+    def shares_of_best(self) -> list[float]:
+        """Ours over the best peak of all repetitions, which the machine may not have reached again."""
+        best = max(max(beside) for beside in self.peaks)
+        return [rate / best for rate in self.rates]
 
     def entry(self) -> dict[str, object]:
         """For OUT=FILE.json."""
@@ -118,25 +129,25 @@ def compare(setting: Setting, baseline: Baseline, repeats: int, theirs: Worker, 
     loss_diff, max_logp_diff, grad_rel_diff = _differences(expected, found)
     for side in (theirs, ours):
         side.do(apart.step, steps[0][1][:1])  # allocates the optimiser's moments
-    seconds: list[tuple[float, float, float]] = []
+    seconds: list[tuple[float, float]] = []
+    peaks: list[tuple[float, float]] = []
     for number, (_, rows) in enumerate(steps[1:]):
-        peak = ours.do(apart.peak, setting)
-        if number % 2:
-            own = ours.do(apart.step, rows)
-            seconds.append((theirs.do(apart.step, rows), own, peak))
-        else:
-            seconds.append((theirs.do(apart.step, rows), ours.do(apart.step, rows), peak))
+        first = theirs.do(apart.step, rows) if number % 2 == 0 else None
+        before = ours.do(apart.peak, setting)
+        own = ours.do(apart.step, rows)
+        peaks.append((before, ours.do(apart.peak, setting)))
+        seconds.append((theirs.do(apart.step, rows) if first is None else first, own))
     for side in (theirs, ours):
         side.do(apart.drop)
     flops = [workload.needed_flops(setting, part) for part, _ in steps[1:]]
     return Result(
         baseline=baseline,
         setting=setting,
-        ratios=[a / b for a, b, _ in seconds],
-        theirs=[a for a, _, _ in seconds],
-        ours=[b for _, b, _ in seconds],
-        shares=[f / b / max(p for *_, p in seconds) for f, (_, b, _) in zip(flops, seconds, strict=True)],
-        peaks=[p for _, _, p in seconds],
+        ratios=[a / b for a, b in seconds],
+        theirs=[a for a, _ in seconds],
+        ours=[b for _, b in seconds],
+        rates=[f / b for f, (_, b) in zip(flops, seconds, strict=True)],
+        peaks=peaks,
         pairs=len(steps[0][1]),
         tokens=statistics.mean(sum(map(size, part)) for part, _ in steps[1:]),
         max_logp_diff=max_logp_diff,

@@ -37,6 +37,7 @@ def test_both_trainers_see_the_same_numbers(baseline, workers):
     assert set(entry) == {"vocab", "baseline", "ratio", "max_logp_diff", "grad_rel_diff", "peak_share"}
     assert set(entry["ratio"]) == {"min", "median", "max"}
     assert entry["ratio"]["median"] > 0
+    assert 0 < min(result.shares_of_best) <= min(result.shares)
     assert line(result).count("|") == HEAD.splitlines()[0].count("|")
 
 

@@ -33,7 +33,8 @@ def main() -> None:
                 results.append(best)
                 print(line(best), flush=True)
             entries += [result.entry() for result in results]
-            print(f"\npeak of matrix products: {spread([p / 1e9 for r in results for p in r.peaks])} GFLOP/s\n")
+            peaks = [p / 1e9 for r in results for beside in r.peaks for p in beside]
+            print(f"\npeak of matrix products: {spread(peaks)} GFLOP/s\n")
             print(memory_table(setting), flush=True)
             if given.out:
                 given.out.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
@@ -42,7 +43,9 @@ def main() -> None:
 EVERY_AT = 1024  # the vocabulary at which TRL is also tried with other batch sizes, four responses and checkpointing
 HEAD = (
     "| baseline | ratio: median (min .. max) | s / step: TRL, ours | pairs/s: TRL, ours | distinct tokens/s: TRL, ours "
-    "| log-prob diff | gradient diff | loss diff | share of peak: TRL, ours (min .. max) |\n|" + "---|" * 9
+    "| log-prob diff | gradient diff | loss diff | share of peak: TRL, ours (min .. max) | of the best peak |\n"
+    + "|---" * 10
+    + "|"
 )
 
 
@@ -55,7 +58,7 @@ def line(result: Result) -> str:
         f"| {r.baseline.name} | {spread(r.ratios)} | {theirs:.3g}, {ours:.3g} "
         f"| {r.pairs / theirs:.3g}, {r.pairs / ours:.3g} | {r.tokens / theirs:,.0f}, {r.tokens / ours:,.0f} "
         f"| {r.max_logp_diff:.1e} | {r.grad_rel_diff:.1e} | {r.loss_diff:.1e} "
-        f"| {share:.2f}, {spread(r.shares)} |"
+        f"| {share:.2f}, {spread(r.shares)} | {statistics.median(r.shares_of_best):.2f} |"
     )
 
 
