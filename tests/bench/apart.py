@@ -5,6 +5,7 @@ Ours keeps its heap as `training.trainer.fit` does; TRL's is glibc's, as its use
 
 import gc
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from selfimprove import children
 from selfimprove.training import heap
 from selfimprove.training.job import PairRow
 from tests.bench import workload
@@ -35,7 +37,7 @@ class Worker:
 
     def __init__(self, *, keeps_heap: bool) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(keeps_heap,))
+        self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(keeps_heap, os.getpid()))
 
     def do(self, task: Callable[..., T], *given: object) -> T:
         """What `task` returns there."""
@@ -48,7 +50,8 @@ class Worker:
         self._pool.shutdown()
 
 
-def _begin(keeps_heap: bool) -> None:
+def _begin(keeps_heap: bool, parent: int) -> None:
+    children.tie(parent)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
