@@ -1,7 +1,9 @@
 """The C heap of a training on the CPU: what one micro-batch frees, the next one takes without asking the kernel.
 
-glibc returns what is freed at the heap's end, and any large block, at once. The kernel then hands the same memory out
-again at every micro-batch, page by page and zeroed, which took a tenth of a step (docs/performance.md).
+glibc returns what is freed at the heap's end at once. The kernel then hands the same memory out again at every
+micro-batch, page by page and zeroed, which takes a tenth of a step (docs/performance.md). Blocks beyond 32 MiB stay
+mappings of their own: torch asks for aligned memory, for which glibc before 2.38 does not take the very block of that
+size that was just freed, so that such blocks would pile up in a kept heap.
 """
 
 import ctypes
@@ -10,10 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 NEVER = -1
-LARGEST_BLOCK = 32 << 20  # where glibc's own thresholds end when it moves them, bytes
-BLOCKS = 65536  # glibc's default
+LARGEST_BLOCK = 32 << 20  # bytes in the heap; where glibc's own threshold ends when it moves it
 
 
 @contextmanager
@@ -23,12 +24,10 @@ def kept(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
-    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
     libc.mallopt(M_TRIM_THRESHOLD, NEVER)
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_MAX, BLOCKS)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_BLOCK)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_BLOCK)  # glibc's own end again
         libc.malloc_trim(0)
