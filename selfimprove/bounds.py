@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from selfimprove import columns
 from selfimprove.errors import UserError
 from selfimprove.plan import INITIAL, Sources, Step
 from selfimprove.recipe import Optimizer, Recipe
@@ -116,9 +117,12 @@ class Rules:
         now = self.recipe.at(step.iteration) if step.iteration else self.recipe
         if step.stage is synthesize and now.synthesize:
             return now.synthesize.prompts
+        if step.stage is label and now.generate is None:
+            given = self.count("file:pairs")
+            return min(given, now.label.quota or given)
+        answers = now.generate.n + now.generate.initial_n if now.generate else 0
         if step.stage is generate:
-            return self.prompts(step, amounts) * (now.generate.n + now.generate.initial_n)
-        answers = now.generate.n + now.generate.initial_n
+            return self.prompts(step, amounts) * answers
         if step.stage is improve and now.improve:
             return amounts[step.inputs["generations"]] / answers * now.improve.n
         if step.stage is label:
@@ -162,13 +166,15 @@ class Rules:
                 prompts,
                 f"at most {prompts} prompts x {longest} tokens",
             )
-        if step.stage is generate:
+        if step.stage is generate and now.generate:
             completions, longest = self.most(step, amounts), now.generate.sampling.max_tokens
             return int(completions * longest), completions, f"at most {completions:.0f} answers x {longest} tokens"
         if step.stage is improve and now.improve:
             rewrites, longest = self.most(step, amounts), now.improve.sampling.max_tokens
             training = self.seeds * longest * now.improve.n + self.training_tokens(step)
             return int(rewrites * longest) + training, rewrites, f"at most {rewrites:.0f} rewrites x {longest} tokens"
+        if step.stage is label and now.generate is None:
+            return 0, self.most(step, amounts), "asks no model"
         if step.stage is label:
             answers = amounts[step.inputs["generations"]]
             asked = bool(step.samples or step.servers)
@@ -223,10 +229,14 @@ class Rules:
         return self.count("file:seeds")
 
     def count(self, source: str) -> int:
-        """The lines of a file of the recipe that are not empty."""
+        """The rows of a file of the recipe: of a Parquet file by its own word, else the lines that are not empty."""
         if source not in self._rows:
-            with self.sources.path(source).open("rb") as file:
-                self._rows[source] = sum(bool(line.strip()) for line in file)
+            path = self.sources.path(source)
+            if path.suffix == ".parquet":
+                self._rows[source] = columns.row_number(path)
+            else:
+                with path.open("rb") as file:
+                    self._rows[source] = sum(bool(line.strip()) for line in file)
         return self._rows[source]
 
 

@@ -2,7 +2,9 @@
 
 from selfimprove import judges
 from selfimprove.errors import UserError
-from selfimprove.recipe import Recipe
+from selfimprove.recipe import Generate, Recipe
+
+Finding = tuple[bool, str, str]  # whether it is wrong, a sentence, a hint
 
 
 def fits_together(chosen: Recipe) -> None:
@@ -11,27 +13,57 @@ def fits_together(chosen: Recipe) -> None:
     Raises:
         UserError: the first that is found.
     """
-    rule, judge, generated = chosen.label.pairing.name, chosen.label.judge, chosen.generate
-    acquire, chunks = chosen.label.acquire, chosen.train.chunks
-    checker = (judge.model_extra or {}).get("checker") if judge else None
+    own = _written(chosen, chosen.generate) if chosen.generate else _given(chosen)
+    for wrong, sentence, hint in [*_sources(chosen), *own, *_always(chosen)]:
+        if wrong:
+            raise UserError(sentence, hint)
+
+
+def _sources(chosen: Recipe) -> list[Finding]:
+    """Whether pairs come from answers of the run, or from a file."""
+    rule = chosen.label.pairing.name
+    writers = [stage for stage in ("synthesize", "generate", "improve", "discriminate") if stage in chosen.stages]
+    return [
+        (
+            (rule == "given") != (chosen.data.pairs is not None),
+            "label.pairing = 'given' and data.pairs go together",
+            'data.pairs names a file of pairs, and label.pairing = "given" takes them',
+        ),
+        (
+            rule == "given" and bool(writers),
+            f"pairing 'given' takes the pairs of data.pairs, and the stage {', '.join(writers)} would be for nothing",
+            f'stages = ["label", "train", "evaluate"], without [{"], [".join(writers)}]',
+        ),
+        (
+            rule != "given" and chosen.generate is None,
+            f"pairing '{rule}' needs the stage generate",
+            'see pipelines/default.toml; for pairs of your own data.pairs and label.pairing = "given"',
+        ),
+    ]
+
+
+def _given(chosen: Recipe) -> list[Finding]:
+    """Of pairs that are given."""
+    return [
+        (
+            chosen.rounds > 1 and chosen.label.quota is None,
+            f"each of {chosen.rounds} rounds would train on all given pairs, from a policy that has learned them",
+            "set label.quota, the pairs of a round, or rounds = 1 (--rounds 1)",
+        ),
+        (
+            chosen.label.acquire is not None,
+            "label.acquire looks at answers of the policy, and given pairs are not its own",
+            "remove [label.acquire]",
+        ),
+    ]
+
+
+def _written(chosen: Recipe, generated: Generate) -> list[Finding]:
+    """Of pairs that are made of the policies' answers."""
+    rule, acquire = chosen.label.pairing.name, chosen.label.acquire
     given = chosen.label.pairing.model_extra or {}
     anchor = given.get("anchor", "gold")
-    room = chosen.engine.max_model_len
-    samplings = {
-        "generate.sampling": generated.sampling,
-        "synthesize.sampling": chosen.synthesize and chosen.synthesize.sampling,
-        "improve.sampling": chosen.improve and chosen.improve.sampling,
-        "sft.sampling": chosen.sft and chosen.sft.ratings and chosen.sft.sampling,
-    }
-    longest = {name: sampling.max_tokens for name, sampling in samplings.items() if sampling}
-    longest["evaluate"] = chosen.evaluate.max_tokens
-    for benchmark in chosen.evaluate.benchmarks or []:
-        longest[f"evaluate.benchmarks.{benchmark.name}"] = benchmark.max_tokens or 0
-    for wrong, sentence, hint in [
-        *(
-            (tokens >= room, f"{name}.max_tokens = {tokens} leaves no room for a prompt", "raise engine.max_model_len")
-            for name, tokens in longest.items()
-        ),
+    return [
         (
             rule == "gold_vs_generated" and chosen.synthesize is not None,
             "pairing 'gold_vs_generated' needs golds, and synthesised prompts have none",
@@ -56,16 +88,6 @@ def fits_together(chosen: Recipe) -> None:
             rule == "dynamic" and anchor == "gold" and chosen.synthesize is not None,
             "pairing 'dynamic' with anchor 'gold' needs golds, and synthesised prompts have none",
             'drop the stage synthesize, or set label.pairing.anchor = "improver"',
-        ),
-        (
-            chosen.improve is not None and chosen.improve.kind == "gold_distillation" and chosen.improve.min_gap != 0,
-            "improve.kind 'gold_distillation' trains on every gold and looks at no improve.min_gap",
-            'set improve.min_gap = 0.0, or improve.kind = "improver"',
-        ),
-        (
-            judge is not None and judges.needs_answer(judge) and chosen.synthesize is not None,
-            f"label.judge checker '{checker}' needs reference answers, and synthesised prompts have none",
-            'for example label.judge = { name = "self_consistency" }',
         ),
         (
             rule in ("best_vs_worst", "best_vs_random", "all_pairs", "top_k") and generated.n < 2,
@@ -111,11 +133,6 @@ def fits_together(chosen: Recipe) -> None:
             "set generate.sampling.temperature = 1.0 and top_p = 1.0",
         ),
         (
-            (judge is not None and judge.name == "discriminator") != (chosen.discriminate is not None),
-            "the stage discriminate and label.judge 'discriminator' go together",
-            "see pipelines/d2po.toml",
-        ),
-        (
             chosen.discriminate is not None and generated.n < 2,
             "the stage discriminate compares answers to a prompt, generate.n = 1",
             "raise generate.n",
@@ -128,6 +145,43 @@ def fits_together(chosen: Recipe) -> None:
             "drop the stage synthesize, or choose another judge",
         ),
         (
+            chosen.improve is not None and chosen.improve.n > generated.n,
+            f"improve.n = {chosen.improve.n if chosen.improve else 0} needs as many drafts, generate.n = {generated.n}",
+            "raise generate.n",
+        ),
+    ]
+
+
+def _always(chosen: Recipe) -> list[Finding]:
+    judge, chunks = chosen.label.judge, chosen.train.chunks
+    checker = (judge.model_extra or {}).get("checker") if judge else None
+    room = chosen.engine.max_model_len
+    samplings = {
+        "generate.sampling": chosen.generate and chosen.generate.sampling,
+        "synthesize.sampling": chosen.synthesize and chosen.synthesize.sampling,
+        "improve.sampling": chosen.improve and chosen.improve.sampling,
+        "sft.sampling": chosen.sft and chosen.sft.ratings and chosen.sft.sampling,
+    }
+    longest = {name: sampling.max_tokens for name, sampling in samplings.items() if sampling}
+    longest["evaluate"] = chosen.evaluate.max_tokens
+    for benchmark in chosen.evaluate.benchmarks or []:
+        longest[f"evaluate.benchmarks.{benchmark.name}"] = benchmark.max_tokens or 0
+    return [
+        *(
+            (tokens >= room, f"{name}.max_tokens = {tokens} leaves no room for a prompt", "raise engine.max_model_len")
+            for name, tokens in longest.items()
+        ),
+        (
+            chosen.improve is not None and chosen.improve.kind == "gold_distillation" and chosen.improve.min_gap != 0,
+            "improve.kind 'gold_distillation' trains on every gold and looks at no improve.min_gap",
+            'set improve.min_gap = 0.0, or improve.kind = "improver"',
+        ),
+        (
+            judge is not None and judges.needs_answer(judge) and chosen.synthesize is not None,
+            f"label.judge checker '{checker}' needs reference answers, and synthesised prompts have none",
+            'for example label.judge = { name = "self_consistency" }',
+        ),
+        (
             chunks is not None and chunks.by == "source" and chosen.synthesize is not None,
             "train.chunks by source needs data sources, and synthesised prompts have none",
             'drop the stage synthesize, or set train.chunks.by = "pair"',
@@ -138,13 +192,11 @@ def fits_together(chosen: Recipe) -> None:
             "set gate.roll_back = false, or drop train.average",
         ),
         (
-            chosen.improve is not None and chosen.improve.n > generated.n,
-            f"improve.n = {chosen.improve.n if chosen.improve else 0} needs as many drafts, generate.n = {generated.n}",
-            "raise generate.n",
+            (judge is not None and judge.name == "discriminator") != (chosen.discriminate is not None),
+            "the stage discriminate and label.judge 'discriminator' go together",
+            "see pipelines/d2po.toml",
         ),
-    ]:
-        if wrong:
-            raise UserError(sentence, hint)
+    ]
 
 
 def follows(now: Recipe, before: Recipe, iteration: int) -> None:
@@ -153,7 +205,8 @@ def follows(now: Recipe, before: Recipe, iteration: int) -> None:
     Raises:
         UserError: it is not there.
     """
-    if (now.train.average or now.generate.policy == "average") and not before.train.average:
+    averaged = now.generate is not None and now.generate.policy == "average"
+    if (now.train.average or averaged) and not before.train.average:
         raise UserError(
             f"round {iteration} uses the average of the policies, and round {iteration - 1} makes none",
             "set train.average in every round",
@@ -163,4 +216,10 @@ def follows(now: Recipe, before: Recipe, iteration: int) -> None:
             f"train.replay is not in round {iteration} what it is in round {iteration - 1}: what was drawn in earlier"
             " rounds is drawn again with the same settings",
             "leave train.replay out of the schedule",
+        )
+    if now.data.pairs and now.label.quota != before.label.quota:
+        raise UserError(
+            f"label.quota is not in round {iteration} what it is in round {iteration - 1}: it says which of the given"
+            " pairs are whose",
+            "leave label.quota out of the schedule",
         )

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from selfimprove import columns, exchanges, jsonl, textfile
 from selfimprove.errors import UserError
-from selfimprove.records import Gold, HeldOut, Seed
+from selfimprove.records import Given, Gold, HeldOut, Seed
 
-Row = TypeVar("Row", Seed, Gold, HeldOut)
+Row = TypeVar("Row", Seed, Gold, HeldOut, Given)
 DEMO = Path(__file__).parent / "demo"
 SHIPPED = {
     "demo:model": DEMO / "model",
@@ -237,6 +237,18 @@ def read_heldout(path: Path, what: str = "heldout") -> list[HeldOut]:
     return _checked(rows, path)
 
 
+def read_pairs(path: Path) -> list[Given]:
+    """Preferences in any form of `exchanges.preference`; those without an id are named by their number."""
+    rows = []
+    for number, (where, row) in enumerate(_rows(path)):
+        said = exchanges.preference(row, where)
+        prompt, chosen, rejected = (_text(*part, where) for part in said)
+        source = _text("source", row["source"], where) if row.get("source") else ""  # our own pairs have an empty one
+        pair_id = _id(row, where, f"pair-{number:05d}", ("id", "pair_id"))
+        rows.append((where, Given(pair_id, prompt, chosen, rejected, source)))
+    return _checked(rows, path)
+
+
 def count(path: Path, *, as_lines: bool = False) -> int | None:
     """Rows of an input file, or its lines that are not empty; None of one that holds no rows, as a task's YAML.
 
@@ -326,8 +338,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"{path} is no Parquet file, or a damaged one: {why}", "fetch it again") from None
 
 
-def _id(row: Mapping[str, Any], where: str, default: str) -> str:
-    for column in ("id", "prompt_id"):
+def _id(row: Mapping[str, Any], where: str, default: str, names: Sequence[str] = ("id", "prompt_id")) -> str:
+    for column in names:
         if column in row:
             value = row[column]
             return str(value) if type(value) is int else _text(column, value, where)

@@ -8,6 +8,9 @@
 | `instruction`, `input` (may be missing or empty), `output` | Alpaca |
 | `question`, `answer` | GSM8K and other benchmarks |
 
+A preference has `chosen` and `rejected` beside one of these prompts, as TRL writes them: texts, lists of the answer's
+message, or lists of the prompt's and the answer's, beside which the prompt may be missing.
+
 More than one turn, a system's, or a column that says more is refused and not cut: which part should be trained on is
 not ours to guess.
 """
@@ -19,7 +22,10 @@ from selfimprove.errors import UserError
 
 FORMS = "prompt and completion, messages, conversations, instruction and output, or question and answer"
 ELSE = ("system", "history", "tools", "chosen", "rejected")  # columns that change what a row means
+CONTRAST = ("chosen", "rejected")
 SHOWN = 30  # characters of a name that somebody else gave
+PROMPTS = ("prompt", "messages", "conversations", "instruction", "question")  # columns that hold one
+PREFERENCES = "prompt, chosen and rejected; or chosen and rejected as lists of the prompt's message and the answer's"
 USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
 
 
@@ -28,6 +34,44 @@ class Exchange(NamedTuple):
 
     prompt: tuple[str, Any]
     answer: tuple[str, Any] | None  # where the row has one
+
+
+class Contrast(NamedTuple):
+    """What a preference says, likewise."""
+
+    prompt: tuple[str, Any]
+    chosen: tuple[str, Any]
+    rejected: tuple[str, Any]
+
+
+def preference(row: Mapping[str, Any], where: str) -> Contrast:
+    """The prompt of a row and its two answers.
+
+    Raises:
+        UserError: the row has none of the forms, or is a dialogue of another shape.
+    """
+    if missing := [column for column in CONTRAST if column not in row]:
+        raise UserError(f"{where}: no column '{missing[0]}'", f"a pair has {PREFERENCES}")
+    before, answers = [], []
+    for column in CONTRAST:
+        value = row[column]
+        if isinstance(value, list) and len(value) > 1:
+            prompt, *answer = _dialogue(value, column, where)
+            before.append((column, prompt))
+            value = answer[0]
+        answers.append((column, _one(value, column, ASSISTANT, where)))
+    rest = {column: value for column, value in row.items() if column not in CONTRAST}
+    beside = [of(rest, where, "completion").prompt] if any(column in rest for column in PROMPTS) else []
+    prompts = [*beside, *before]
+    if not prompts:
+        raise UserError(f"{where}: no prompt beside chosen and rejected", f"a pair has {PREFERENCES}")
+    for column, text in prompts[1:]:
+        if text != prompts[0][1]:
+            raise UserError(
+                f"{where}: '{column}' answers another prompt than '{prompts[0][0]}' has",
+                "chosen and rejected answer one and the same prompt; mend the row or remove it",
+            )
+    return Contrast(prompts[0], *answers)
 
 
 def of(row: Mapping[str, Any], where: str, answer: str) -> Exchange:

@@ -8,6 +8,7 @@ from selfimprove.plan import INITIAL, Sources, Step, steps
 from selfimprove.recipe import Recipe
 from selfimprove.rows import Database, Reader, published
 from selfimprove.stages import label, train
+from selfimprove.stages.given import SOURCE as GIVEN
 from selfimprove.store import Manifest, Run
 
 NOT_RECORDED = "losses not recorded"
@@ -41,7 +42,7 @@ def prompt(run: Run, recipe: Recipe, prompt_id: str) -> dict[str, Any]:
         told = _life(run, recipe, reader, prompt_id, rows, None)
         if not (told["prompt"]["text"] or told["rounds"] or told["held_out"] or told["prompt"]["set_aside"]):
             known: dict[str, str] = {
-                kind: "prompt_id" for kind in ("prompts", "generations", "samples") if kind in reader.kinds
+                kind: "prompt_id" for kind in ("prompts", "generations", "pairs", "samples") if kind in reader.kinds
             }
             raise _unknown(reader, "prompt", prompt_id, known)
     return {"run": run.name, "prompt_id": prompt_id, **told}
@@ -151,22 +152,27 @@ def _answer(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _golds(verdicts: Iterable[Mapping[str, Any]], pairs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Golds are of the seeds and in no generation: what is known of one is its verdict, and its text by a pair."""
+    """Golds and given answers are in no generation: what is known of one is its verdict, and its text by a pair."""
     texts = {
-        _iteration(row["stage"]): (row[side][0]["content"], row[f"{side}_token_ids"])
+        (_iteration(row["stage"]), row[f"{side}_source"], number if row[f"{side}_source"] == GIVEN else 0): (
+            row[side][0]["content"],
+            row[f"{side}_token_ids"],
+            row["prompt"][0]["content"],
+        )
         for row in pairs
-        for side in ("chosen", "rejected")
-        if row[f"{side}_source"] == "gold"
+        for number, side in enumerate(("chosen", "rejected"))
+        if row[f"{side}_source"] in ("gold", GIVEN)
     }
     found = []
     for row in verdicts:
-        if row["source"] == "gold":
-            text, ids = texts.get(_iteration(row["stage"]), (None, None))
+        if row["source"] in ("gold", GIVEN):
+            key = _iteration(row["stage"]), row["source"], row["sample"]
+            text, ids, prompt = texts.get(key, (None, None, None))
             found.append(
                 {
                     **{name: row[name] for name in ("stage", "source", "sample")},
                     **{"text": text, "finish_reason": None, "tokens": ids and len(ids), "mean_logp": None},
-                    **{"policy": None, "policy_is": None, "token_ids": ids, "prompt": None, "verdicts": []},
+                    **{"policy": None, "policy_is": None, "token_ids": ids, "prompt": prompt, "verdicts": []},
                 }
             )
     return found
@@ -184,7 +190,8 @@ def _prompt(
         generator = manifest.ingredients.get("models", {}).get("generator")
         return about | {"generator": generator, "set_aside": dropped}
     texts = [answer["prompt"] for answer in answers if answer["prompt"]] or [row["prompt"] for row in rows("samples")]
-    origin = "synthetic" if dropped else "seed" if answers else "held out" if texts else None
+    there_before = "given" if any(answer["source"] == GIVEN for answer in answers) else "seed"
+    origin = "synthetic" if dropped else there_before if answers else "held out" if texts else None
     nothing: dict[str, Any] = {"stage": None, "iteration": None, "keywords": [], "generator": None}
     return {**nothing, "text": texts[0] if texts else None, "origin": origin, "set_aside": dropped}
 

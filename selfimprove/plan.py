@@ -117,17 +117,17 @@ def steps(recipe: Recipe) -> Iterator[Step]:
             )  # fmt: skip
             prompts = {"prompts": at(t, "synthesize")}
 
-        writers = {"current": average if now.generate.policy == "average" else current}
+        writers = {"current": average if now.generate and now.generate.policy == "average" else current}
         both = writers | {"initial": initial}
-        yield Step(
-            t, place["generate"], generate, now.generate, prompts, both if now.generate.initial_n else writers, True
-        )
+        if now.generate:
+            used = both if now.generate.initial_n else writers
+            yield Step(t, place["generate"], generate, now.generate, prompts, used, True)
 
-        completions = {"generations": at(t, "generate")}
+        completions = {"generations": at(t, "generate")} if now.generate else {"pairs": "file:pairs"}
         if now.improve:
             yield Step(t, place["improve"], improve, now.improve, {"seeds": seeds, **completions}, both, True)
             completions |= {"refinements": at(t, "improve")}
-        golds = {} if now.synthesize else {"seeds": seeds}
+        golds = {"seeds": seeds} if now.generate and not now.synthesize else {}
         if now.discriminate:
             known = {f"labels-{k}": at(k, "discriminate") for k in range(1, t)}
             last = {discriminate.DISCRIMINATOR: at(t - 1, "discriminate", f"/{discriminate.DISCRIMINATOR}")}

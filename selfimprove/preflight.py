@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from selfimprove.judges.panel import RUN
 from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
 from selfimprove.recipe import Benchmark, Choice, Machine, Noise, Recipe, Train
-from selfimprove.records import Seed
+from selfimprove.records import Given, Seed
 from selfimprove.remote.objects import Store
 from selfimprove.stages import discriminate, evaluate, label, train
 
@@ -39,14 +40,17 @@ def check(chosen: Recipe) -> None:
             f"engine.max_model_len = {chosen.engine.max_model_len}, but the model has {positions} positions",
             f"set engine.max_model_len to {positions} or less",
         )
-    seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
+    seeds = read_seeds(chosen)
     answered(chosen, seeds)
+    pairs = read_pairs(chosen)
+    enough(chosen, pairs)
     chunks = [chosen.at(iteration).train.chunks for iteration in range(1, chosen.rounds + 1)]
     by_source = any(one is not None and one.by == "source" for one in chunks)
-    if by_source and len({seed.source for seed in seeds}) < 2:
+    what = "pairs" if pairs else "seeds"
+    if by_source and len({row.source for row in pairs or seeds}) < 2:
         raise UserError(
-            "train.chunks by source needs seeds of two data sources or more",
-            "name the 'source' of each row of data.seeds, or set train.chunks.by = \"pair\"",
+            f"train.chunks by source needs {what} of two data sources or more",
+            f"name the 'source' of each row of data.{what}, or set train.chunks.by = \"pair\"",
         )
     rendered = chat.Chat(directory)
     longer: dict[str, int] = {}
@@ -62,6 +66,40 @@ def check(chosen: Recipe) -> None:
             f"{len(longer)} of {len(seeds)} seeds have more tokens than engine.max_model_len ="
             f" {chosen.engine.max_model_len}: {first}{more}",
             f"shorten or remove them, or set engine.max_model_len to {max(longer.values())}",
+        )
+
+
+def read_seeds(chosen: Recipe) -> list[Seed]:
+    """The seeds, where something of the recipe uses them: given pairs have prompts of their own.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    used = chosen.data.pairs is None or chosen.sft is not None or chosen.control is not None
+    return data.read_seeds(data.locate(chosen.data.seeds, "seeds")) if used else []
+
+
+def read_pairs(chosen: Recipe) -> list[Given]:
+    """The pairs that the recipe gives, if any.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return data.read_pairs(data.locate(chosen.data.pairs, "pairs")) if chosen.data.pairs else []
+
+
+def enough(chosen: Recipe, pairs: Sequence[Given]) -> None:
+    """Whether each round has given pairs of its own.
+
+    Raises:
+        UserError: the last ones have none.
+    """
+    quota = chosen.label.quota
+    if pairs and quota and quota * (chosen.rounds - 1) >= len(pairs):
+        there = math.ceil(len(pairs) / quota)
+        raise UserError(
+            f"label.quota = {quota}: {len(pairs)} given pairs are enough for {there} rounds, not for {chosen.rounds}",
+            f"lower it, or --rounds {there}",
         )
 
 
@@ -93,7 +131,7 @@ def gold_users(chosen: Recipe) -> dict[str, bool]:
         "[sft]": chosen.sft is not None,
         "[synthesize]": chosen.synthesize is not None,
         "[improve]": chosen.improve is not None,
-        "generate.splice": chosen.generate.splice is not None,
+        "generate.splice": chosen.generate is not None and chosen.generate.splice is not None,
         f"pairing '{rule.name}'": rule.name == "gold_vs_generated" or anchored,
         **{name: any(judges.needs_answer(one) for one in all_of) for name, all_of in asked.items()},
         "[control]": chosen.control is not None,
@@ -154,8 +192,8 @@ def apart(chosen: Recipe) -> None:
     """
     from selfimprove.evaluation import kinds
 
-    seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
-    trained = {"data.seeds": [(seed.prompt_id, seed.prompt) for seed in seeds]}
+    rows: dict[str, Sequence[Seed | Given]] = {"data.seeds": read_seeds(chosen), "data.pairs": read_pairs(chosen)}
+    trained = {name: [(row.prompt_id, row.prompt) for row in of] for name, of in rows.items()}
     reported = {"data.heldout": _held_out(chosen.data.heldout, "heldout")}
     looked_at = {"data.selection": _held_out(chosen.data.selection, "selection")} if chosen.data.selection else {}
     for benchmark in chosen.evaluate.benchmarks or []:

@@ -88,6 +88,7 @@ class Data(Section):
     corpus: str = "demo:corpus"  # plain text, one paragraph a line; keywords are drawn from it
     heldout: str = "demo:heldout"  # the same forms; the answer may be missing; never enters training
     selection: str | None = None  # the same, other prompts: what the gate looks at, so that reports stay untouched
+    pairs: str | None = None  # prompt, chosen and rejected, for label.pairing = "given", which needs no seeds
 
 
 class Sampling(Section):
@@ -196,7 +197,7 @@ class Label(Section):
     min_margin: float = Field(0.0, ge=0)  # smallest score gap of a pair
     max_length_ratio: float | None = Field(None, gt=0)  # of chosen to rejected, in tokens
     relabel: bool = False  # earlier pairs are scored again, turned where the scores say so, and join this iteration's
-    quota: int | None = Field(None, ge=1)  # pairs kept per iteration
+    quota: int | None = Field(None, ge=1)  # pairs kept per iteration; of given pairs each iteration takes others
     audit: Audit | None = None  # unset = the judge is not asked again
 
 
@@ -514,7 +515,7 @@ class Recipe(Section):
     data: Data = Data()
     engine: Engine = Engine()
     synthesize: Synthesize | None = None
-    generate: Generate
+    generate: Generate | None = None
     improve: Improve | None = None
     discriminate: Discriminate | None = None
     label: Label

@@ -79,7 +79,7 @@ class Pair(msgspec.Struct, frozen=True):
     rejected: list[Message]
     prompt_id: str
     iteration: int
-    chosen_source: str  # "current", "initial", "improver" or "gold"
+    chosen_source: str  # "current", "initial", "improver", "gold" or "given"
     rejected_source: str
     chosen_score: float | None
     rejected_score: float | None
@@ -157,6 +157,16 @@ class Seed(msgspec.Struct, frozen=True):
     prompt_id: str
     prompt: str
     completion: str | None
+    source: str = ""
+
+
+class Given(msgspec.Struct, frozen=True):
+    """A preference that was there before the run, as read from the file of pairs."""
+
+    prompt_id: str  # of the pair: two pairs of one prompt have two
+    prompt: str
+    chosen: str
+    rejected: str
     source: str = ""
 
 

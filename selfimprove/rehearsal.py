@@ -1,5 +1,6 @@
 """A rehearsal of the first training step with the model and the rows of a run, on the CPU."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,8 +8,9 @@ from selfimprove import chat, data
 from selfimprove.engine.checkpoints import SAFE
 from selfimprove.errors import UserError
 from selfimprove.models import locate_model
-from selfimprove.preflight import check
+from selfimprove.preflight import check, read_pairs, read_seeds
 from selfimprove.recipe import Recipe
+from selfimprove.records import Given, Seed
 from selfimprove.remote.objects import Store
 from selfimprove.training.job import PairRow
 
@@ -21,7 +23,7 @@ class Rehearsed(NamedTuple):
 
 
 def rehearse(chosen: Recipe) -> list[Rehearsed]:
-    """`check`, and the training's own checks on the seeds as rows: a gold answer against another seed's.
+    """`check`, and the training's own checks on the given pairs, or on seeds: a gold answer against another seed's.
 
     The prompt itself stands in for a gold answer that a seed does not have.
 
@@ -35,21 +37,20 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     if chosen.machine.store:
         Store(chosen.machine.store).probe()
         stored = [Rehearsed("store", "can be written, read and deleted in")]
-    seeds = data.read_seeds(data.locate(chosen.data.seeds, "seeds"))
+    seeds, given = read_seeds(chosen), read_pairs(chosen)
     model = locate_model(chosen.model.path)
     rendered = chat.Chat(model)
     held_out = data.read_heldout(data.locate(chosen.data.heldout, "heldout"))
     doubled = len(held_out) - len({data.fold(row.prompt) for row in held_out})
     golds = sum(seed.completion is not None for seed in seeds)
-    answers = [seed.prompt if seed.completion is None else seed.completion for seed in seeds]
     rows = [
         PairRow(
-            seed.prompt_id,
-            rendered.prompt_ids(seed.prompt),
-            rendered.completion_ids(seed.prompt, answer),
-            rendered.completion_ids(seed.prompt, other),
+            one.prompt_id,
+            rendered.prompt_ids(one.prompt),
+            rendered.completion_ids(one.prompt, one.chosen),
+            rendered.completion_ids(one.prompt, one.rejected),
         )
-        for seed, answer, other in zip(seeds, answers, [*answers[1:], answers[0]], strict=True)
+        for one in given or _pairs_of(seeds)
     ]
     dropped: list[str] = []
     bos = rendered.tokenizer.bos_token_id
@@ -58,7 +59,8 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
     return [
         Rehearsed("recipe, data and model", "fit together"),
         *stored,
-        Rehearsed("seeds", f"{len(seeds)}, {golds} of them with a gold answer"),
+        *([Rehearsed("seeds", f"{len(seeds)}, {golds} of them with a gold answer")] if seeds else []),
+        *([Rehearsed("pairs", f"{len(given)} given")] if given else []),
         Rehearsed(
             "held-out prompts",
             f"{len(held_out)}, {f'{doubled} of them again; each counts on its own' if doubled else 'each once'}",
@@ -67,6 +69,15 @@ def rehearse(chosen: Recipe) -> list[Rehearsed]:
         Rehearsed("end token", f"trained in {ended} of {len(kept)} chosen answers"),
         Rehearsed("prompt", "the template renders it as a prefix of prompt and answer, with at most one BOS"),
         *_first_step(chosen, model, kept[: min(8, chosen.train.optimizer.batch_size)]),
+    ]
+
+
+def _pairs_of(seeds: Sequence[Seed]) -> list[Given]:
+    """Each seed's answer against the next one's."""
+    answers = [seed.prompt if seed.completion is None else seed.completion for seed in seeds]
+    return [
+        Given(seed.prompt_id, seed.prompt, answer, other)
+        for seed, answer, other in zip(seeds, answers, [*answers[1:], answers[0]], strict=True)
     ]
 
 

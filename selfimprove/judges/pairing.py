@@ -185,6 +185,13 @@ def top_k(judged: Sequence[Judged], rng: random.Random, *, k: Annotated[int, Fie
     return pairs or Dropped("no score gap")
 
 
+def given(judged: Sequence[Judged], rng: random.Random) -> Pairs | Dropped:
+    """Pairs that were there before the run (data.pairs): the first answer is chosen, the second rejected."""
+    chosen, rejected = judged
+    same = chosen.candidate.token_ids == rejected.candidate.token_ids
+    return Dropped("chosen equals rejected") if same else [(chosen, rejected)]
+
+
 def _ranked(judged: Sequence[Judged], rng: random.Random) -> list[tuple[Judged, float]] | Dropped:
     """The current policy's samples of known score, best first, ties at random; equal texts count once."""
     own = [j for j in judged if j.candidate.source == "current"]
@@ -285,4 +292,5 @@ RULES: dict[str, Callable[..., Pairs | Dropped]] = {
     "gold_vs_generated": gold_vs_generated,
     "dynamic": dynamic,
     "improver_vs_initial": improver_vs_initial,
+    "given": given,
 }

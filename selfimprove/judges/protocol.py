@@ -15,7 +15,7 @@ class Candidate(msgspec.Struct, frozen=True):
 
     prompt_id: str
     prompt: str
-    source: str  # "current", "initial", "improver" or "gold"
+    source: str  # "current", "initial", "improver", "gold" or "given"
     sample: int
     text: str
     token_ids: list[int]

@@ -20,14 +20,15 @@ ROLES = {
     "corpus": "text that keywords for new prompts are drawn from",
     "heldout": "prompts of the scores below; they never enter training",
     "selection": "prompts that the gate looks at; they never enter training",
+    "pairs": "the preference pairs that were trained on",
 }
 COLUMNS = {
     "prompt, chosen, rejected": "lists of `{role, content}`: TRL's conversational preference format",
     "pair_id, prompt_id, iteration": "names, and the round that the pair was made in",
-    "chosen_source, rejected_source": "whose it is: `current` or `initial` policy, `improver`, `gold` (a seed's)",
+    "chosen_source, rejected_source": "whose: `current` or `initial` policy, `improver`, `gold` (a seed's), `given`",
     "chosen_score, rejected_score": "of the judge; null where it is unknown or none was asked",
     "prompt_token_ids, chosen_token_ids, rejected_token_ids": "what training used, of this model's tokenizer",
-    "source": "of the data, where the seeds name one",
+    "source": "of the data, where the seeds or the given pairs name one",
 }
 
 
@@ -88,7 +89,7 @@ def dataset(made: Release, repo: str | None) -> str:
         license=made.licence or "unknown",
         task_categories=["text-generation"],
         pretty_name=f"Preference pairs of {_name(made)}",
-        tags=["selfimprove", "preference", "synthetic"],
+        tags=["selfimprove", "preference", *([] if _all_given(made) else ["synthetic"])],
         configs=configs,
     )
     return _render(
@@ -104,8 +105,14 @@ def dataset(made: Release, repo: str | None) -> str:
         relabelled=made.recipe.label.relabel,
         total=sum(_rows(of) for of in made.labelled),
         unscored=sum(of.unscored for of in made.labelled),
+        given=_all_given(made),
         golds="gold" in _summed(made, "chosen_source") | _summed(made, "rejected_source"),
     )
+
+
+def _all_given(made: Release) -> bool:
+    """Whether the pairs were there before the run."""
+    return made.recipe.data.pairs is not None
 
 
 def escaped(value: Any) -> Markup:
@@ -235,7 +242,7 @@ def _limits(made: Release) -> Iterator[str]:
     if made.decision is None:
         yield "No gate looked at this round."
     if "SFT control" not in made.rounds:
-        yield "No control was run: what plain fine-tuning on the seeds' gold answers would give is unknown."
+        yield "No control was run: what plain supervised fine-tuning would give is unknown."
     if any(of.manifest.ingredients["section"].get("judge") for of in made.labelled):
         yield "The training pairs were labelled by a program or a model, not by people."
     if made.licence is None:

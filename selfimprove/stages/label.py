@@ -13,6 +13,7 @@ from selfimprove.errors import UserError
 from selfimprove.judges import Candidate
 from selfimprove.judges.pairing import RULES, Rule
 from selfimprove.records import Flip, Pair, Seed
+from selfimprove.stages import given
 from selfimprove.stages.acquire import acquired
 from selfimprove.stages.answers import CANDIDATES, Answers, of_round
 from selfimprove.stages.io import StageIO
@@ -30,7 +31,7 @@ TEMPLATES: tuple[str, ...] = (
     "judge/pairwise",
     "judge/pairwise_label",
 )
-UNSCORED_RULES = frozenset({"gold_vs_generated"})
+UNSCORED_RULES = frozenset({"gold_vs_generated", "given"})
 
 
 def check(section: recipe.Label) -> Rule:
@@ -79,7 +80,7 @@ def run(io: StageIO, section: recipe.Label) -> None:
     """Write verdicts-*.parquet, comparisons-*.parquet where the judge compares, pairs-*.parquet and flips-*.parquet."""
     rule = check(section)
     worth = acquired(io, section.acquire) if section.acquire else None
-    answers = of_round(io, section.judge, worth)
+    answers = given.of_round(io, section) if "pairs" in io.inputs else of_round(io, section.judge, worth)
     writes_flips = section.pairing.name == "dynamic" or bool(section.relabel)
     with contextlib.ExitStack() as stack:
         pairs = stack.enter_context(io.out.writer("pairs", Pair))
@@ -120,7 +121,9 @@ def _ways_out(io: StageIO, section: recipe.Label) -> str:
     return "".join(f"{way}, " for reason, way in against.items() if io.out.quarantined.get(reason))
 
 
-def _pairs(io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, labels: Labels) -> Iterator[Pair]:
+def _pairs(
+    io: StageIO, section: recipe.Label, rule: Rule, answers: Answers | given.Answers, labels: Labels
+) -> Iterator[Pair]:
     """What the rule proposes and nothing speaks against; prompts without a pair are quarantined with the reason."""
     if section.quota is None:
         last = ""
@@ -151,7 +154,9 @@ def _pairs(io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, lab
                 place = next(wanted, None)
 
 
-def _proposed(io: StageIO, section: recipe.Label, rule: Rule, answers: Answers, labels: Labels) -> Iterator[Pair]:
+def _proposed(
+    io: StageIO, section: recipe.Label, rule: Rule, answers: Answers | given.Answers, labels: Labels
+) -> Iterator[Pair]:
     """The pairs of all prompts before any quota, a window of prompts judged at a time."""
     audit = RoundAudit(io, section, answers.prompts, answers.candidates) if section.judge else None
     refused: Counter[str] = Counter()

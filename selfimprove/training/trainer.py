@@ -299,7 +299,7 @@ def _source_chunks(job: Job, section: recipe.Chunks, mode: Mode, world: World) -
     if len(sources) < 2:
         raise UserError(
             "chunks by source need pairs of two data sources or more, and all are of one",
-            "name the 'source' of each row of data.seeds, or set train.chunks.by = \"pair\"",
+            "name the 'source' of each row of data.seeds or data.pairs, or set train.chunks.by = \"pair\"",
         )
     names = list(sources)
     if section.order == "random":

@@ -2,16 +2,20 @@
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from selfimprove import judges, recipe
+from selfimprove import data, judges, recipe
 from selfimprove.judges import Candidate, Opinion, Preference
 from selfimprove.judges.pairing import Key, shares_won
 from selfimprove.records import Comparison, Flip, Generation, Pair, Seed, Verdict
-from selfimprove.stages import discriminate, label
+from selfimprove.stages import discriminate, given, label
+from selfimprove.stages.answers import Window
 from selfimprove.stages.pairs import Paired, candidates, flip, paired, relabelled, within
 from selfimprove.verification.tables import At, Lazy, dicts, read
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ANSWERS = 100_000  # held at once
 UNASKED = ("not acquired", "acquired in an earlier round")
@@ -31,12 +35,17 @@ def check(at: At) -> Iterator[str]:
     """What of a labelling does not follow from its answers and verdicts, a sentence each."""
     section = at.step.section
     assert isinstance(section, recipe.Label)
-    golds, chat, rule = at.seeds(), Lazy(at), label.check(section)
+    rule = label.check(section)
+    golds: Mapping[str, Seed] = at.seeds()
+    answered: Iterable[Window] = _answered(at, golds)
+    if "pairs" in at.step.inputs:
+        answers_given = _given(at, section)
+        golds, answered = answers_given.golds, answers_given.windows(ANSWERS // 2)
     quarantined = {row["row_id"]: row["reason"] for row in dicts(at.directory, "quarantine", ["row_id", "reason"])}
     made: list[tuple[str, str]] = []  # pair_id and prompt_id of what the rule gives, in order
     dropped: list[tuple[str, str]] = []
     prompts = answers = 0
-    for part in _parts(at, golds, chat):
+    for part in _parts(at, answered):
         prompts += len(part.prompt_ids)
         left_out = {p for p in part.prompt_ids if section.acquire and quarantined.get(p) in UNASKED}
         asked = [one for one in part.candidates if one.prompt_id not in left_out]
@@ -61,30 +70,45 @@ def check(at: At) -> Iterator[str]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _parts(at: At, golds: Mapping[str, Seed], chat: Lazy) -> Iterator[Part]:
-    """The prompts in the order in which the stage takes them."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    tables = [(at.input(name), name) for name in ("generations", "refinements") if name in at.step.inputs]
-    numbers: dict[str, int] = {}
-    for row in itertools.chain.from_iterable(dicts(place, table, ["prompt_id"]) for place, table in tables):
-        numbers[row["prompt_id"]] = numbers.get(row["prompt_id"], 0) + 1
-    for names in _split(numbers):
-        wanted = pa.array(names, pa.string())
-
-        def keep(batch: "pa.RecordBatch", wanted: Any = wanted) -> "pa.RecordBatch":
-            return batch.filter(pc.is_in(batch.column("prompt_id"), value_set=wanted))
-
-        rows = itertools.chain.from_iterable(read(place, table, Generation, keep) for place, table in tables)
-        found, prompt_ids = candidates(rows, golds, chat.ids)
+def _parts(at: At, answered: Iterable[Window]) -> Iterator[Part]:
+    """Some prompts with their answers, and what the stage has made of them."""
+    for answers, prompt_ids in answered:
+        keep = _of(list(prompt_ids))
         yield Part(
-            found,
+            answers,
             prompt_ids,
             {(v.prompt_id, v.source, v.sample): v for v in read(at.directory, "verdicts", Verdict, keep)},
             dict(_preference(row) for row in read(at.directory, "comparisons", Comparison, keep)),
             {p.pair_id: p for p in read(at.directory, "pairs", Pair, keep) if p.iteration == at.step.iteration},
         )
+
+
+def _answered(at: At, golds: Mapping[str, Seed]) -> Iterator[Window]:
+    """The prompts in the order in which the stage takes them."""
+    chat = Lazy(at)
+    tables = [(at.input(name), name) for name in ("generations", "refinements") if name in at.step.inputs]
+    numbers: dict[str, int] = {}
+    for row in itertools.chain.from_iterable(dicts(place, table, ["prompt_id"]) for place, table in tables):
+        numbers[row["prompt_id"]] = numbers.get(row["prompt_id"], 0) + 1
+    for names in _split(numbers):
+        keep = _of(names)
+        rows = itertools.chain.from_iterable(read(place, table, Generation, keep) for place, table in tables)
+        yield Window(*candidates(rows, golds, chat.ids))
+
+
+def _given(at: At, section: recipe.Label) -> given.Answers:
+    pairs = given.share(data.read_pairs(at.input("pairs")), section.quota, at.recipe.seed, at.step.iteration)
+    chat = Lazy(at).chat
+    return given.Answers(pairs, chat.prompt_ids, chat.completion_ids)
+
+
+def _of(names: Sequence[str]) -> "Callable[[pa.RecordBatch], pa.RecordBatch]":
+    """Keeps the rows of these prompts."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = pa.array(names, pa.string())
+    return lambda batch: batch.filter(pc.is_in(batch.column("prompt_id"), value_set=wanted))
 
 
 def _split(numbers: Mapping[str, int]) -> Iterator[list[str]]:
