@@ -90,8 +90,10 @@ def alone(asked, tmp_path_factory):
 
 
 def files(folder):
-    """All but what a worker that was killed was just about to publish."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tmp"}
+    """All but what a worker that was killed was just about to publish, or to remove beside what it had published."""
+    done = {path.stem for path in folder.glob("*.done")}
+    rest = {path for path in folder.iterdir() if path.suffix in (".ask", ".part") and path.name.split(".")[0] in done}
+    return {path.name: path.read_bytes() for path in {*folder.iterdir()} - rest if path.suffix != ".tmp"}
 
 
 def processes(executor):

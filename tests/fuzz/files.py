@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfimprove import recipe_file
+from selfimprove.recipe import Recipe
 from tests.fuzz import mutation
 
 Rows = list[dict[str, Any]]
@@ -40,6 +41,16 @@ def _planned(*settings: str) -> Callable[[str], list[list[str]]]:
         return [["plan", "./recipe.toml", "--json"]]
 
     return commands
+
+
+def _given(file: str) -> list[list[str]]:
+    """A recipe that trains on the file's pairs."""
+    table = recipe_file.load(recipe_file.find("sdpo")).model_dump(exclude_none=True)
+    del table["generate"]
+    table |= {"rounds": 1, "stages": ["label", "train", "evaluate"], "label": {"pairing": "given"}}
+    table["data"]["pairs"] = file
+    Path("recipe.toml").write_text(recipe_file.dump(Recipe.model_validate(table)), encoding="utf-8")
+    return [["plan", "./recipe.toml", "--json"]]
 
 
 def _toml(value: Any) -> str:
@@ -80,6 +91,22 @@ FORMATS = [
             )
         ),
         _planned("data.seeds='FILE'"),
+    ),
+    Format(
+        "preferences",
+        _rows(
+            lambda rng, k: rng.choice(
+                [
+                    {"prompt": f"Own {k}.", "chosen": "a b", "rejected": "b a", "source": "a"},
+                    {
+                        "id": k,
+                        "chosen": [{"role": "user", "content": "Own."}, {"role": "assistant", "content": "a"}],
+                        "rejected": [{"role": "user", "content": "Own."}, {"role": "assistant", "content": "b"}],
+                    },
+                ]
+            )
+        ),
+        _given,
     ),
     Format(
         "heldout",

@@ -82,7 +82,7 @@ def test_no_row_is_lost_and_none_is_changed(tmp_path, rng):
 def test_any_bytes_are_rows_or_one_sentence(tmp_path, content):
     path = tmp_path / "any.jsonl"
     path.write_bytes(content)
-    told = [refusal(read, path) for read in (data.read_seeds, data.read_heldout, data.read_paragraphs)]
+    told = [refusal(read, path) for read in (data.read_seeds, data.read_pairs, data.read_heldout, data.read_paragraphs)]
     assert all(error is None or (str(path) in error.message and error.hint) for error in told)
 
 
