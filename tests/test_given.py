@@ -212,6 +212,15 @@ def test_another_file_of_pairs_is_another_ingredient(mine):
     assert "data.pairs changed" in plan.out + plan.err
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_plan_counts_the_pairs_of_a_round(mine, kind):
+    datasets.Dataset.from_list(mine[:30]).to_parquet("pairs.parquet")
+    written(Path("pairs.jsonl"), mine[:30])
+    told = json.loads(selfimprove("plan", "mine.toml", "--json", "--set", f"data.pairs=pairs.{kind}").out)
+    trained = [step["estimate"]["how"] for step in told if step["stage"] == "2-train"]
+    assert [how.partition(" x ")[0] for how in trained] == ["at most 20 pairs", "at most 20 pairs"]
+
+
 def test_check_rehearses_on_the_pairs(mine):
     told = selfimprove("check", "mine.toml", "--json", "--set", "data.seeds=there/is/none.jsonl")  # nothing uses seeds
     found = {entry["what"]: entry["found"] for entry in json.loads(told.out)}

@@ -60,8 +60,9 @@ def test_a_recipe_of_a_paper_is_made_for_eight_gpus_and_for_files_of_the_users(p
     assert chosen.machine.gradient_checkpointing
     assert chosen.machine.sharding == ("ddp" if chosen.train.optimizer.adapter else "fsdp")
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
-    assert chosen.data.seeds in header
-    assert not any(value.startswith("demo:") for value in (chosen.model.path, chosen.data.seeds, chosen.data.heldout))
+    trained_on = chosen.data.pairs or chosen.data.seeds
+    assert trained_on in header
+    assert not any(value.startswith("demo:") for value in (chosen.model.path, trained_on, chosen.data.heldout))
     if chosen.synthesize:
         assert not chosen.data.corpus.startswith("demo:")
 
