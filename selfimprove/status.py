@@ -50,15 +50,23 @@ class Standing(NamedTuple):
 
 def standing(run: Run, chosen: Recipe) -> Standing | None:
     """The latest and the best iteration; None while no iteration is evaluated."""
-    values, promoted = {}, BASE
+    found = standings(run, chosen)
+    return found[-1] if found else None
+
+
+def standings(run: Run, chosen: Recipe) -> list[Standing]:
+    """The latest and the best iteration after each published evaluation or gate of an iteration, in order."""
+    values, promoted, found = {}, BASE, []
     for step in steps(chosen):
-        if step.iteration > BASE and (scores := read_scores(run, step)):
+        scores, decision = read_scores(run, step), read_decision(run, step)
+        if step.iteration > BASE and scores:
             values[step.iteration] = scores["scores"][splits.SAMPLED]["value"]
-        if decision := read_decision(run, step):
+        if decision:
             promoted = int(decision["best"])
-    if not values:
-        return None
-    return Standing(max(values), promoted if chosen.gate else max(values, key=lambda number: values[number]))
+        if values and (scores or decision):
+            best = promoted if chosen.gate else max(values, key=lambda number: values[number])
+            found.append(Standing(max(values), best))
+    return found
 
 
 def summary(run: Run, chosen: Recipe) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import pytest
 
 from selfimprove import plan, recipe_file, store, verification
 from selfimprove.data import SHIPPED
+from selfimprove.evaluation.splits import SAMPLED
 from selfimprove.plan import dependents
 from selfimprove.report import imprint
-from selfimprove.verification import files, labels
+from selfimprove.verification import files, labels, root
 from selfimprove.verification.derive import differing
 from tests.altered import change_manifest
 from tests.conftest import QUICK, SMALL, selfimprove
@@ -49,6 +50,11 @@ def forge(run: Path, directory: str) -> None:
         if (run / name).exists():
             ingredients = plan.ingredients_of(by_name[name], chosen, plan.Sources(known, chosen))
             change_manifest(run / name, lambda told, new=ingredients: told.update(ingredients=new))
+
+
+def point(run: Path, link: str, iteration: int) -> None:
+    (run / link).unlink()
+    (run / link).symlink_to(f"iter-{iteration:03d}")
 
 
 def rewrite(path: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
@@ -255,10 +261,8 @@ class TestAround:
     def test_a_report_of_an_older_state_is_out_of_date_and_no_fault(self, fake_run):
         assert selfimprove("report", "fake").code == 0
         shutil.rmtree(fake_run / "iter-002/5-evaluate")
-        (fake_run / "latest").unlink()
-        (fake_run / "latest").symlink_to("iter-001")
-        (fake_run / "best").unlink()
-        (fake_run / "best").symlink_to("iter-001")
+        point(fake_run, "latest", 1)
+        point(fake_run, "best", 1)
         result = selfimprove("verify", "fake")
         assert (result.code, "out of date" in result.err) == (0, True), result.out
 
@@ -271,17 +275,44 @@ class TestAround:
         assert result.code == 0, result.out
         assert "report.html is out of date" in result.err
 
-    def test_a_link_that_a_killed_run_has_not_moved_yet_is_no_fault(self, fake_run):
-        (fake_run / "latest").unlink()
-        (fake_run / "latest").symlink_to("iter-001")
+    @pytest.mark.parametrize("link", ["latest", "best"])
+    def test_a_link_that_a_run_has_not_moved_yet_is_no_fault(self, fake_run, link):
+        assert (fake_run / link).readlink() == Path("iter-002")
+        point(fake_run, link, 1)
         assert selfimprove("verify", "fake").code == 3
         store.Run(fake_run).write_state("stopped", 2, "5-evaluate")
         result = selfimprove("verify", "fake")
         assert result.code == 0, result.out
-        moves = "points to iter-001, and the latest round is iter-002; selfimprove resume fake moves it"
+        moves = f"{link} points to iter-001, and the {link} round is iter-002; selfimprove resume fake moves it"
         assert moves in result.err
         assert selfimprove("resume", "fake").code == 0
-        assert (fake_run / "latest").readlink() == Path("iter-002")
+        assert (fake_run / link).readlink() == Path("iter-002")
+
+    def test_a_link_to_what_was_never_the_best_is_a_fault_of_a_run_that_goes_on_too(self, fake_run):
+        run, chosen = store.Run(fake_run), recipe_file.load(fake_run / "recipe.toml")
+        last = fake_run / "iter-002/5-evaluate"
+        edit(last / "scores.json", lambda told: told["scores"][SAMPLED].update(value=0.0))
+        change_manifest(last, lambda told: None)
+        run.write_state("running", 2, "5-evaluate")
+        wrong = f"{fake_run / 'best'} points to iter-002, and the best round is iter-001"
+        assert list(root.check(run, chosen)) == [(wrong, "best")]
+
+    @pytest.mark.parametrize("published", [1, 2])
+    def test_links_that_move_while_they_are_looked_at_are_no_fault(self, fake_run, monkeypatch, published):
+        run, chosen = store.Run(fake_run), recipe_file.load(fake_run / "recipe.toml")
+        known = root.standings(run, chosen)[:published]
+        run.write_state("running", 2, "5-evaluate")
+        for link in ("latest", "best"):
+            point(fake_run, link, 1)
+
+        def moving(*_):
+            for link in ("latest", "best"):
+                point(fake_run, link, 2)
+            run.write_state("done")
+            return known
+
+        monkeypatch.setattr(root, "standings", moving)
+        assert list(root.check(run, chosen)) == []
 
     def test_a_template_that_was_altered_is_named_and_set_aside(self, fake_run):
         text = min((fake_run / plan.TEMPLATES).iterdir())

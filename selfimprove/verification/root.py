@@ -8,7 +8,7 @@ from typing import Any
 from selfimprove.errors import UserError
 from selfimprove.plan import TEMPLATES
 from selfimprove.recipe import Recipe
-from selfimprove.status import standing
+from selfimprove.status import standings
 from selfimprove.store import Run, key_of, model_files, sha256
 
 DIGESTS = "digests.json"
@@ -71,19 +71,23 @@ def _wrong_digests(told: dict[str, Any]) -> Iterator[str]:
 
 
 def _links(run: Run, chosen: Recipe) -> Iterator[tuple[str, str, bool]]:
-    """What is wrong with a link, its name, and whether it is only that the run was killed before it moved it."""
+    """What is wrong with a link, its name, and whether it is only that the run has not moved it yet.
+
+    A run that goes on publishes, then moves the links, then says that it is done. What is read here is read the other
+    way round, so that a link is never held against an older standing, nor an older link against a run that is done.
+    """
     state = run.read_state()
     unfinished = state is not None and state.state != "done"
+    links = {name: run.path / name for name in ("latest", "best")}
+    found = {name: link.readlink() if link.is_symlink() else None for name, link in links.items()}
     try:
-        found = standing(run, chosen)
+        known = standings(run, chosen)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return  # scores.json or gate.json is damaged, which is told elsewhere
-    for name, number in (("latest", found.latest), ("best", found.best)) if found else ():
-        link = run.path / name
-        wanted = f"iter-{number:03d}"
-        if not link.is_symlink():
-            yield f"{link} is missing: it would point to {wanted}", name, unfinished
-        elif link.readlink() != Path(wanted) and len(link.readlink().parts) == 1:
-            earlier = str(link.readlink()) < wanted and (run.path / link.readlink()).is_dir()
-            sentence = f"{link} points to {link.readlink()}, and the {name} round is {wanted}"
-            yield sentence, name, unfinished and name == "latest" and earlier
+    for name, target in found.items() if known else ():
+        *earlier, wanted = (Path(f"iter-{getattr(standing, name):03d}") for standing in known)
+        if target is None:
+            yield f"{links[name]} is missing: it would point to {wanted}", name, unfinished
+        elif target != wanted and len(target.parts) == 1:
+            behind = unfinished and target in earlier and (run.path / target).is_dir()
+            yield f"{links[name]} points to {target}, and the {name} round is {wanted}", name, behind
