@@ -230,15 +230,12 @@ class TestOthers:
         while not (tmp_path / "ready").exists():
             assert readers.poll() is None
             time.sleep(0.05)
-        assert selfimprove("resume", kills.WHOLE).code == 0  # imports it all: the run is over soon
-        first = start(folder, "read")
+        first = start(folder, "read", target=at("iter-001/2-generate", "manifest") | {"exact": False})
         try:
-            while not (folder / "runs/read/state.json").exists():
-                assert first.process.poll() is None, first.said()
-                time.sleep(0.01)
-            second = selfimprove(
-                "resume", "read"
-            )  # in this process: a new one would start for longer than the run takes
+            assert first.wait(300) == "moment", first.said()
+            os.kill(first.process.pid, signal.SIGSTOP)  # else it may have ended before the second has begun
+            second = selfimprove("resume", "read")
+            os.kill(first.process.pid, signal.SIGCONT)
             assert first.wait(300) == "ended"
         finally:
             first.kill()
