@@ -15,7 +15,7 @@ from selfimprove.evaluation import lm_harness
 from selfimprove.judges.panel import RUN
 from selfimprove.judges.protocol import SERVER
 from selfimprove.models import locate_model
-from selfimprove.recipe import Benchmark, Choice, Machine, Noise, Recipe, Train
+from selfimprove.recipe import Benchmark, Choice, Machine, Noise, Optimizer, Recipe, Train
 from selfimprove.records import Given, Seed
 from selfimprove.remote.objects import Store
 from selfimprove.stages import discriminate, evaluate, label, train
@@ -33,6 +33,7 @@ def check(chosen: Recipe) -> None:
     if chosen.synthesize:
         data.read_paragraphs(data.locate(chosen.data.corpus, "corpus"))
     directory = locate_model(chosen.model.path)
+    checkpoints.check_policy(directory)
     config = checkpoints.configuration(directory)
     positions = config.get("max_position_embeddings", config.get("n_positions"))  # the second: GPT-2 and its like
     if positions is not None and chosen.engine.max_model_len > positions and chosen.engine.kind != "fake":
@@ -40,6 +41,7 @@ def check(chosen: Recipe) -> None:
             f"engine.max_model_len = {chosen.engine.max_model_len}, but the model has {positions} positions",
             f"set engine.max_model_len to {positions} or less",
         )
+    adapted(chosen, directory)
     seeds = read_seeds(chosen)
     answered(chosen, seeds)
     pairs = read_pairs(chosen)
@@ -67,6 +69,22 @@ def check(chosen: Recipe) -> None:
             f" {chosen.engine.max_model_len}: {first}{more}",
             f"shorten or remove them, or set engine.max_model_len to {max(longer.values())}",
         )
+
+
+def adapted(chosen: Recipe, model: Path) -> None:
+    """Whether the model has the layers that adapters name, which would else show after a round's answers are made.
+
+    Raises:
+        UserError: it lacks one; what an adapter needs is not installed.
+    """
+    rounds = [chosen.at(iteration) for iteration in range(1, chosen.rounds + 1)]
+    found = [one.adapter for now in rounds for one in _optimizers(now) if one.adapter]
+    if found:
+        from selfimprove.training import adapters
+
+        for position, adapter in enumerate(found):
+            if adapter not in found[:position]:
+                adapters.check(model, adapter)
 
 
 def read_seeds(chosen: Recipe) -> list[Seed]:
@@ -158,7 +176,7 @@ def settings(chosen: Recipe) -> None:
             fits_together(now)
             trainable(now)
             if now.train.reference_path:
-                locate_model(now.train.reference_path)
+                checkpoints.check_policy(locate_model(now.train.reference_path))
         if iteration > 1:
             follows(now, rounds[iteration - 2], iteration)
 
@@ -320,15 +338,7 @@ def trainable(chosen: Recipe) -> None:
         searchable(section)
     for name in chosen.machine.trackers:
         trackers.module_of(name)
-    used = [
-        section.optimizer,
-        *([chosen.synthesize.generator] if chosen.synthesize else []),
-        *([chosen.improve.improver] if chosen.improve else []),
-        *([chosen.discriminate.optimizer] if chosen.discriminate else []),
-        *([chosen.sft.optimizer] if chosen.sft else []),
-        *([chosen.control.optimizer] if chosen.control else []),
-    ]
-    quantized = any(one.adapter and one.adapter.quantize for one in used)
+    quantized = any(one.adapter and one.adapter.quantize for one in _optimizers(chosen))
     kind = section.noise.kind if section.noise else ""
     idle = _idle(section.noise) if section.noise else []
     for wrong, sentence, hint in [
@@ -376,6 +386,18 @@ def trainable(chosen: Recipe) -> None:
     ]:
         if wrong:
             raise UserError(sentence, hint)
+
+
+def _optimizers(chosen: Recipe) -> list[Optimizer]:
+    """Of all trainings of a round."""
+    return [
+        chosen.train.optimizer,
+        *([chosen.synthesize.generator] if chosen.synthesize else []),
+        *([chosen.improve.improver] if chosen.improve else []),
+        *([chosen.discriminate.optimizer] if chosen.discriminate else []),
+        *([chosen.sft.optimizer] if chosen.sft else []),
+        *([chosen.control.optimizer] if chosen.control else []),
+    ]
 
 
 def _idle(section: Noise) -> list[str]:

@@ -1,11 +1,13 @@
 """A recipe that cannot work is refused before any model is loaded; one that can is rehearsed."""
 
 import json
+import shutil
 import sys
 
 import pytest
 
 from selfimprove import preflight, recipe_file
+from selfimprove.data import SHIPPED
 from selfimprove.errors import UserError
 from tests.conftest import selfimprove
 
@@ -39,10 +41,6 @@ def test_the_first_loss_is_log_2_for_spin():
 def test_the_rehearsal_attaches_the_adapter():
     settings = ["--set", 'train.optimizer.adapter.target_modules=["q_proj"]']
     assert selfimprove("check", "spin", *settings).code == 0
-    result = selfimprove("check", "spin", "--set", 'train.optimizer.adapter.target_modules=["nope"]')
-    assert result.code == 1
-    assert "target_modules names nope" in result.err
-    assert "q_proj" in result.err
 
 
 @pytest.mark.parametrize(
@@ -69,6 +67,9 @@ def test_the_rehearsal_attaches_the_adapter():
         (['train.loss={name="mrpo"}', 'train.reference=["initial", "previous"]', "train.noise.alpha=1.0"],
          "noise needs exactly one reference", "known keys"),
         (["train.optimizer.adapter.quantize=nf4", "machine.sharding=fsdp"], "cannot be sharded", "ddp"),
+        (['train.optimizer.adapter.target_modules=["q_proj", "nope"]'], "target_modules names nope, which", "q_proj"),
+        (['train.optimizer.adapter.target_modules=["lm_head"]'], "target_modules names lm_head, which", "q_proj"),
+        (["train.optimizer.adapter.quantize=nf4"], "needs bitsandbytes, which is not", "selfimprove[qlora]"),
         (["train.optimizer.adapter.rank=4", "train.reference_sync.steps=4"], "moves with the whole weights", "adapter"),
         (['machine.trackers=["wandb"]'], "needs a package that is not installed", "selfimprove[wandb]"),
     ],
@@ -77,7 +78,8 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(settings, says, hi
     import transformers
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    for package in ("wandb", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
     result = selfimprove("check", "spin", *(part for s in settings for part in ("--set", s)))
     assert result.code == 1, result.err
     assert says in result.err
@@ -134,16 +136,34 @@ def test_a_reference_that_is_nowhere_is_said_at_once():
     assert "no model directory '/no/such/model'" in told.err
 
 
-def test_positions_are_known_under_the_name_that_gpt_2_gives_them(in_tmp):
-    import shutil
+@pytest.fixture
+def altered(in_tmp):
+    """Makes `model`, the embedded one with a changed config.json."""
 
-    from selfimprove.data import SHIPPED
+    def make(change):
+        shutil.copytree(SHIPPED["demo:model"], in_tmp / "model")
+        file = in_tmp / "model" / "config.json"
+        told = json.loads(file.read_text())
+        change(told)
+        file.write_text(json.dumps(told))
+        return told
 
-    shutil.copytree(SHIPPED["demo:model"], in_tmp / "model")
-    file = in_tmp / "model" / "config.json"
-    told = json.loads(file.read_text())
-    told["n_positions"] = told.pop("max_position_embeddings")
-    file.write_text(json.dumps(told))
+    return make
+
+
+def test_positions_are_known_under_the_name_that_gpt_2_gives_them(altered):
+    told = altered(lambda config: config.update(n_positions=config.pop("max_position_embeddings")))
     result = selfimprove("check", "default", "--set", "model.path=model", "--set", "engine.max_model_len=4096")
     assert result.code == 1
     assert f"but the model has {told['n_positions']} positions" in result.err
+
+
+@pytest.mark.parametrize("kind", ["no-such-type", "t5", None])  # T5 is known, and no causal language model
+@pytest.mark.parametrize("where", ["model.path", "train.reference_path"])
+def test_a_model_that_cannot_be_trained_is_refused_at_once(altered, kind, where):
+    altered(lambda config: config.update(model_type=kind))
+    reference = ["--set", 'train.reference="path"'] if where == "train.reference_path" else []
+    result = selfimprove("plan", "spin", *reference, "--set", f'{where}="model"')
+    assert result.code == 1
+    assert f"is of type '{kind}', which transformers" in result.err
+    assert "Traceback" not in result.err

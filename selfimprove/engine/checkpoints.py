@@ -31,6 +31,24 @@ def check_weights(model: Path) -> None:
     )
 
 
+def check_policy(model: Path) -> None:
+    """Refuse what transformers cannot load as a causal language model: it would not be trained.
+
+    Raises:
+        UserError: no config.json, or of an architecture that this version does not know.
+    """
+    from transformers import __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    kind = configuration(model).get("model_type")
+    if kind not in KNOWN:
+        raise UserError(
+            f"model {model} is of type '{kind}', which transformers {__version__} does not know as a causal language"
+            " model",
+            "take another model, or a version of transformers that knows it",
+        )
+
+
 def check_reward_model(model: Path) -> None:
     """Refuse what is no sequence classifier of one label that transformers itself knows.
 

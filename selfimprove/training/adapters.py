@@ -8,6 +8,7 @@ adapter did (huggingface/peft#2368, unslothai/unsloth#2516: quality lost in merg
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,10 @@ class Adapter(Protocol):
     @property
     def target_modules(self) -> Sequence[str] | None:
         """Names of linear layers, whole or from a dot on; None stands for all but the output head."""
+
+    @property
+    def quantize(self) -> str | None:
+        """How the base is quantised while the adapter trains; None = not."""
 
 
 class MergeMismatch(Exception):
@@ -62,6 +67,20 @@ def attach(model: Any, adapter: Adapter) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def check(directory: Path, adapter: Adapter) -> None:
+    """Whether a model could be trained with an adapter, by its configuration alone: no weight is read.
+
+    Raises:
+        UserError: a target module that is no linear layer of the model, or is its output head; no bitsandbytes.
+    """
+    if adapter.quantize:
+        _bitsandbytes()
+    if adapter.target_modules is not None:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with torch.device("meta"):
+            _targets(transformers.AutoModelForCausalLM.from_config(config), adapter)
 
 
 def _targets(model: Any, adapter: Adapter) -> list[str]:
@@ -94,12 +113,7 @@ def load_quantized(directory: Path) -> Any:
     Raises:
         UserError: bitsandbytes is not installed.
     """
-    try:
-        bitsandbytes = importlib.import_module("bitsandbytes")
-    except ModuleNotFoundError:
-        raise UserError(
-            "adapter.quantize needs bitsandbytes, which is not installed", "pip install 'selfimprove[qlora]'"
-        ) from None
+    bitsandbytes = _bitsandbytes()
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.bfloat16,
@@ -117,6 +131,15 @@ def load_quantized(directory: Path) -> Any:
             # and from then on lets no gradient through, without an error.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _bitsandbytes() -> ModuleType:
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ModuleNotFoundError:
+        raise UserError(
+            "adapter.quantize needs bitsandbytes, which is not installed", "pip install 'selfimprove[qlora]'"
+        ) from None
 
 
 def state(model: torch.nn.Module) -> dict[str, Tensor]:
