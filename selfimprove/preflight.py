@@ -337,7 +337,7 @@ def trainable(chosen: Recipe) -> None:
     if section.search:
         searchable(section)
     for name in chosen.machine.trackers:
-        trackers.module_of(name)
+        trackers.check(name)
     quantized = any(one.adapter and one.adapter.quantize for one in _optimizers(chosen))
     kind = section.noise.kind if section.noise else ""
     idle = _idle(section.noise) if section.noise else []

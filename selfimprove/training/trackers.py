@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from selfimprove.errors import UserError
 
 PROJECT = "selfimprove"  # under which wandb and trackio list the runs
+OFFLINE = "wandb login; or WANDB_MODE=offline, and wandb sync later"
 
 
 class Tracker(Protocol):
@@ -45,7 +46,10 @@ class Wandb:
     """A wandb run; online, offline or disabled as the user's WANDB_MODE says, its files in `directory`."""
 
     def __init__(self, module: Any, directory: Path, run_name: str, config: Mapping[str, Any]) -> None:
-        self.run = module.init(project=PROJECT, name=run_name, dir=str(directory), config=dict(config))
+        try:
+            self.run = module.init(project=PROJECT, name=run_name, dir=str(directory), config=dict(config))
+        except module.Error as error:
+            raise UserError(f"wandb begins no run: {error}", OFFLINE) from None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One call a step."""
@@ -95,6 +99,19 @@ def open_trackers(names: Sequence[str], directory: Path, run_name: str, config: 
     """
     modules = [module_of(name) for name in names]
     return [TRACKERS[name][1](module, directory, run_name, config) for name, module in zip(names, modules, strict=True)]
+
+
+def check(name: str) -> None:
+    """Whether a tracker could be opened, as far as it can be known without the network.
+
+    Raises:
+        UserError: no such tracker, its package is not installed, or wandb is to be online and has no API key.
+    """
+    module = module_of(name)
+    if name == "wandb":
+        mode = module.setup().settings.mode
+        if mode not in ("offline", "disabled") and not module.login(prompt=False, verify=False):
+            raise UserError("the tracker wandb has no API key", OFFLINE)
 
 
 def module_of(name: str) -> Any:

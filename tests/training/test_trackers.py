@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from selfimprove.errors import UserError
+from selfimprove.training import trackers
 from selfimprove.training.trackers import TRACKERS, open_trackers
 
 STEPS = [(1, {"loss": 0.5, "rewards/margins": -0.25}), (2, {"loss": 0.25, "rewards/margins": 1.0})]
@@ -32,8 +33,20 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
 class StandIn:
     """In the place of wandb or trackio, with the calls of theirs that are used."""
 
-    def __init__(self):
+    class Error(Exception):
+        """As all of wandb's."""
+
+    def __init__(self, mode="online", key=True):
         self.calls = []
+        self.mode, self.key = mode, key
+
+    def setup(self):
+        return SimpleNamespace(settings=SimpleNamespace(mode=self.mode))
+
+    def login(self, *, prompt, verify):  # wandb 0.31: without a prompt it says whether there are credentials
+        assert not prompt
+        assert not verify
+        return self.key and self.mode == "online"
 
     def init(self, **settings):
         print("hello from the tracker")
@@ -62,6 +75,26 @@ def test_trackio_does_not_talk_on_stdout(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "hello" in err
+
+
+def test_wandb_without_a_key_is_refused_before_it_is_needed_and_offline_needs_none(monkeypatch):
+    for stand_in in (StandIn(), StandIn("offline", key=False), StandIn("disabled", key=False)):
+        monkeypatch.setitem(sys.modules, "wandb", stand_in)
+        trackers.check("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(key=False))
+    with pytest.raises(UserError, match="wandb has no API key") as raised:
+        trackers.check("wandb")
+    assert "WANDB_MODE=offline" in raised.value.hint
+
+
+def test_what_wandb_says_when_it_begins_no_run_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise module.Error("the network is down")
+
+    monkeypatch.setitem(sys.modules, "wandb", module := StandIn())
+    monkeypatch.setattr(module, "init", refuse)
+    with pytest.raises(UserError, match="wandb begins no run: the network is down"):
+        open_trackers(["wandb"], tmp_path, "round-1", {})
 
 
 @pytest.mark.parametrize("name", TRACKERS)
