@@ -158,7 +158,7 @@ def test_positions_are_known_under_the_name_that_gpt_2_gives_them(altered):
     assert f"but the model has {told['n_positions']} positions" in result.err
 
 
-@pytest.mark.parametrize("kind", ["no-such-type", "t5", None])  # T5 is known, and no causal language model
+@pytest.mark.parametrize("kind", ["no-such-type", "t5", None, ["llama"]])  # T5 is known, and no causal language model
 @pytest.mark.parametrize("where", ["model.path", "train.reference_path"])
 def test_a_model_that_cannot_be_trained_is_refused_at_once(altered, kind, where):
     altered(lambda config: config.update(model_type=kind))

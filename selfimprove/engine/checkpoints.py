@@ -40,7 +40,7 @@ def check_policy(model: Path) -> None:
     from transformers import __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
-    kind = configuration(model).get("model_type")
+    kind = str(configuration(model).get("model_type"))
     if kind not in KNOWN:
         raise UserError(
             f"model {model} is of type '{kind}', which transformers {__version__} does not know as a causal language"

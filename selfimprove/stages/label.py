@@ -44,8 +44,8 @@ def check(section: recipe.Label) -> Rule:
     if section.judge is None:
         if section.pairing.name not in UNSCORED_RULES:
             raise UserError(f"pairing '{section.pairing.name}' needs a judge", "add [label.judge]")
-        for name, given in [("min_margin", section.min_margin), ("relabel", section.relabel), ("audit", section.audit)]:
-            if given:
+        for name, value in [("min_margin", section.min_margin), ("relabel", section.relabel), ("audit", section.audit)]:
+            if value:
                 raise UserError(f"label.{name} needs a judge", "add [label.judge], or remove the key")
         return rule
     if section.pairing.name in UNSCORED_RULES:
