@@ -13,14 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from selfimprove.locks import Holder, this_process
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value BLOB NOT NULL, seal BLOB) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, usd REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS under_way
-(id INTEGER PRIMARY KEY, account TEXT NOT NULL, usd REAL NOT NULL, process TEXT NOT NULL);
-"""
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value BLOB NOT NULL, seal BLOB) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, usd REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS under_way "
+    "(id INTEGER PRIMARY KEY, account TEXT NOT NULL, usd REAL NOT NULL, process TEXT NOT NULL)",
+)
 COUNTS = ("requests", "answers", "prompt_tokens", "completion_tokens", "unmeasured")  # of an account, besides its USD
 
 
@@ -36,13 +38,14 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        fresh = not path.exists()
-        try:
-            self._file = _opened(path, fresh)
-        except sqlite3.DatabaseError as error:
-            if not _damaged(error):
-                raise
-            self._set_aside(str(error))
+        with self._alone():
+            try:
+                self._open()
+            except sqlite3.DatabaseError as error:
+                if not _damaged(error):
+                    raise
+                self._set_aside(str(error))
+                self._open()
 
     def get(self, keys: Sequence[str]) -> dict[str, bytes]:
         """The answers known, by key; one that is not what was put is as good as none."""
@@ -59,7 +62,11 @@ class Journal:
         except sqlite3.DatabaseError as error:
             if not _damaged(error):
                 raise
-            self._set_aside(str(error))
+            with self._alone():
+                self._file.close()  # before it is renamed: its end removes the log beside the path it was opened by
+                if self._path.exists() and self._path.stat().st_ino == self._inode:  # else another process has done it
+                    self._set_aside(str(error))
+                self._open()
             return {}
         return found
 
@@ -153,8 +160,16 @@ class Journal:
                 self._file.execute("ROLLBACK")
             raise
 
+    def _alone(self) -> filelock.BaseFileLock:
+        """One process opens the file at a time: neither the change to WAL nor a new column waits for another's."""
+        return filelock.FileLock(f"{self._path}.lock")
+
+    def _open(self) -> None:
+        self._file = _opened(self._path)
+        self._inode = self._path.stat().st_ino
+
     def _set_aside(self, why: str) -> None:
-        """Go on with an empty file; the damaged one stays beside it, since what is in it may have cost money."""
+        """Make room for an empty file; the damaged one stays beside it, since what is in it may have cost money."""
         aside = self._path.with_name(f"{self._path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}")
         for end in ("", "-wal", "-shm"):
             one = self._path.with_name(self._path.name + end)
@@ -165,17 +180,18 @@ class Journal:
             "what servers were paid so far is not known any more, and ceilings count from zero",
             file=sys.stderr,
         )
-        self._file = _opened(self._path, True)
 
 
-def _opened(path: Path, fresh: bool) -> sqlite3.Connection:
+def _opened(path: Path) -> sqlite3.Connection:
+    fresh = not path.exists()
     file = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=60)
     try:
         file.execute("PRAGMA journal_mode = WAL")
         file.execute("PRAGMA synchronous = NORMAL")
         if not fresh and (said := file.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(said)
-        file.executescript(TABLES)
+        for table in TABLES:
+            file.execute(table)
         if "seal" not in [column[1] for column in file.execute("PRAGMA table_info(answers)")]:
             file.execute("ALTER TABLE answers ADD COLUMN seal BLOB")
         known = [column[1] for column in file.execute("PRAGMA table_info(accounts)")]

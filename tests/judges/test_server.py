@@ -4,12 +4,12 @@ import contextlib
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 
 import pytest
 
@@ -676,16 +676,49 @@ def test_an_answer_that_was_paid_for_stays_with_its_price(tmp_path):
 
 
 def test_many_processes_may_open_a_journal_at_once(tmp_path):
+    """New files, files of an earlier version and damaged ones, each opened by four processes at the same moment."""
+    for number in range(0, 30, 3):
+        with sqlite3.connect(tmp_path / f"{number}.sqlite") as old:
+            old.execute("CREATE TABLE answers (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID")
+        old.close()
+        (tmp_path / f"{number + 1}.sqlite").write_bytes(b"x" * 10_000)
     script = (
-        "import sys, pathlib; from selfimprove.judges.journal import Journal\n"
-        "for i in range(50): Journal(pathlib.Path(sys.argv[1])).put_paid({f'{sys.argv[2]}-{i}': b'x'}, 'all', 1.0)"
+        "import sys, pathlib, time; from selfimprove.judges.journal import Journal\n"
+        "folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+        "for i in range(30):\n"
+        "    (folder / f'{i}-{name}.here').touch()\n"
+        "    end = time.monotonic() + 60\n"
+        "    while len(list(folder.glob(f'{i}-*.here'))) < 4:\n"
+        "        if time.monotonic() > end: sys.exit('another has ended')\n"
+        "    Journal(folder / f'{i}.sqlite').put_paid({name: b'x'}, 'all', 1.0)"
     )
-    path = tmp_path / "answers.sqlite"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     all_ = [
-        subprocess.Popen([sys.executable, "-c", script, str(path), str(k)], env=environment, stderr=subprocess.PIPE)
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(k)], env=environment, stderr=subprocess.PIPE)
         for k in range(4)
     ]
-    errors = [process.communicate()[1] for process in all_]
+    errors = [process.communicate()[1].decode() for process in all_]
     assert [process.returncode for process in all_] == [0] * 4, errors
-    assert Journal(Path(path)).paid("all") == 200.0
+    for number in range(30):
+        journal = Journal(tmp_path / f"{number}.sqlite")
+        assert journal.paid("all") == 4.0
+        assert len(journal.get(["0", "1", "2", "3"])) == 4
+    assert len(list(tmp_path.glob("*.damaged-*"))) == 10
+    assert sum(error.count("are damaged") for error in errors) == 10
+
+
+def test_a_file_found_damaged_by_two_is_set_aside_by_one(tmp_path):
+    path = tmp_path / "answers.sqlite"
+    one, other = Journal(path), Journal(path)
+    one.put_all({f"{k:064d}": b"x" * 900 for k in range(300)})
+    one._file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for journal in (one, other):
+        journal._file.execute("PRAGMA shrink_memory")  # it would answer from what it has read
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    assert one.get([f"{k:064d}" for k in range(300)]) == {}
+    one.put_paid({"a": b"paid for"}, "account", 1.0)
+    assert other.get([f"{k:064d}" for k in range(300)]) == {}
+    assert other.get(["a"]) == one.get(["a"]) == {"a": b"paid for"}
+    assert other.paid("account") == 1.0
+    assert len(list(tmp_path.glob("answers.sqlite.damaged-*[0-9]"))) == 1
