@@ -158,6 +158,29 @@ def test_positions_are_known_under_the_name_that_gpt_2_gives_them(altered):
     assert f"but the model has {told['n_positions']} positions" in result.err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "64"},
+        {"hidden_size": 65},
+        {"num_attention_heads": 0},
+        {"rope_parameters": 5},
+        {"hidden_act": "no_such_function"},
+        {"dtype": "float99"},
+        {"pad_token_id": 1 << 20},
+    ],
+    ids=str,
+)
+def test_a_config_that_describes_no_model_is_refused_at_once(altered, change):
+    altered(lambda config: config.update(change))
+    result = selfimprove("plan", "spin", "--set", "model.path=model")
+    assert result.code == 1
+    assert result.err.startswith("error: the config.json of model ")
+    assert "describes no model: " in result.err
+    assert len(result.err.splitlines()) == 3
+    assert "Traceback" not in result.err
+
+
 @pytest.mark.parametrize("kind", ["no-such-type", "t5", None, ["llama"]])  # T5 is known, and no causal language model
 @pytest.mark.parametrize("where", ["model.path", "train.reference_path"])
 def test_a_model_that_cannot_be_trained_is_refused_at_once(altered, kind, where):

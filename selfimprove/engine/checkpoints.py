@@ -35,9 +35,9 @@ def check_policy(model: Path) -> None:
     """Refuse what transformers cannot load as a causal language model: it would not be trained.
 
     Raises:
-        UserError: no config.json, or of an architecture that this version does not know.
+        UserError: no config.json, of an architecture that this version does not know, or with values that it refuses.
     """
-    from transformers import __version__
+    from transformers import AutoModelForCausalLM, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     kind = str(configuration(model).get("model_type"))
@@ -47,6 +47,32 @@ def check_policy(model: Path) -> None:
             " model",
             "take another model, or a version of transformers that knows it",
         )
+    built(model, AutoModelForCausalLM)
+
+
+def built(model: Path, automatic: Any) -> Any:
+    """The model that a config.json describes, without memory for its weights.
+
+    Args:
+        model: its directory.
+        automatic: the class of transformers that chooses the model's own.
+
+    Raises:
+        UserError: a value in it that the architecture does not take.
+    """
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        with torch.device("meta"):
+            return automatic.from_config(config, dtype=torch.float32)
+    except Exception as error:  # each architecture has code of its own that meets a wrong value in its own way
+        said = " ".join(str(error).split()) or "no reason given"
+        raise UserError(
+            f"the config.json of model {model} describes no model: {type(error).__name__}: {said}",
+            "mend that value, or take the config.json that the model was published with",
+        ) from None
 
 
 def check_reward_model(model: Path) -> None:
@@ -101,13 +127,9 @@ _PAIRRM = "name a directory of the form of llm-blender/PairRM-hf"
 
 def _head_weights(model: Path) -> set[str]:
     """The names of a classifier's weights that are not its body's."""
-    import torch
-    import transformers
+    from transformers import AutoModelForSequenceClassification
 
-    with torch.device("meta"):  # names without memory
-        empty = transformers.AutoModelForSequenceClassification.from_config(
-            transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-        )
+    empty = built(model, AutoModelForSequenceClassification)
     return {name for name in empty.state_dict() if not name.startswith(f"{empty.base_model_prefix}.")}
 
 

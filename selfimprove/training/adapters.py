@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from selfimprove.engine import checkpoints
 from selfimprove.engine.checkpoints import SAFE
 from selfimprove.errors import UserError
 from selfimprove.training.logps import TOLERANCE
@@ -78,9 +79,7 @@ def check(directory: Path, adapter: Adapter) -> None:
     if adapter.quantize:
         _bitsandbytes()
     if adapter.target_modules is not None:
-        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        with torch.device("meta"):
-            _targets(transformers.AutoModelForCausalLM.from_config(config), adapter)
+        _targets(checkpoints.built(directory, transformers.AutoModelForCausalLM), adapter)
 
 
 def _targets(model: Any, adapter: Adapter) -> list[str]:
