@@ -77,9 +77,9 @@ def step(rows: Sequence[PairRow]) -> float:
     return _held[0].step(rows)
 
 
-def peak(setting: Setting) -> float:
-    """FLOP/s of this process, now."""
-    return workload.peak_flops(setting)
+def products(setting: Setting) -> list[float]:
+    """Of this process, now; see workload.product_rates."""
+    return workload.product_rates(setting)
 
 
 def drop() -> None:

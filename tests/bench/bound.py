@@ -1,5 +1,7 @@
 """The share of the peak that a step of products and attention alone would reach: `python -m tests.bench.bound`.
 
+For comparison the share of a step that is the square product alone: 1, but for what the machine's wavering adds.
+
 The model's shapes in a step's order, each result in memory of its own as autograd keeps them, and the attention calls
 of the packed trees; norms, rotations, activations, sums, the head's softmax and the optimiser are left out. CPU only.
 """
@@ -19,22 +21,25 @@ from tests.bench.train import spread
 from tests.bench.workload import Setting
 
 
-def share(setting: Setting, repeats: int, budget: int) -> list[float]:
-    """One entry per step, as Result.shares: needed FLOPs per second over the best peak."""
+def share(setting: Setting, repeats: int, budget: int) -> tuple[list[float], list[float]]:
+    """Needed FLOPs per second over the peak, as Result.shares: of each step, and of the square product for as long."""
     torch.set_num_threads(1)
     weights, embedding = weights_of(setting)
     trees = workload.trees(setting, setting.pairs * repeats, 2)
-    rates, peaks = [], []
+    shares, alone = [], []
     for begin in range(0, len(trees), setting.pairs):
         part = trees[begin : begin + setting.pairs]
-        peaks.append(workload.peak_flops(setting))
+        before = workload.product_rates(setting)
         seconds = sum(attention(setting, tree) for tree in part)
         for group in fill([size(tree) for tree in part], budget):
             tokens = sum(size(part[i]) for i in group)
             scored = sum(len(response) for i in group for response in part[i].responses)
             seconds += products(setting, weights, embedding, tokens, scored)
-        rates.append(workload.needed_flops(setting, part) / seconds)
-    return [rate / max(peaks) for rate in rates]
+        between = workload.product_rates(setting)
+        shares.append(workload.needed_flops(setting, part) / seconds / workload.peak_flops(before, between))
+        square = workload.square_step(setting, seconds)
+        alone.append(square / workload.peak_flops(between, workload.product_rates(setting)))
+    return shares, alone
 
 
 def weights_of(s: Setting) -> tuple[list[list[Tensor]], Tensor]:
@@ -85,8 +90,12 @@ def main() -> None:
     for vocab in given.vocab:
         for tokens in given.tokens:
             with heap.kept(torch.device("cpu")):
-                found = share(workload.cpu(vocab), given.repeats, tokens)
-            print(f"vocabulary {vocab:,}, {tokens:,} tokens a micro-batch: {spread(found)} of the peak", flush=True)
+                found, alone = share(workload.cpu(vocab), given.repeats, tokens)
+            print(
+                f"vocabulary {vocab:,}, {tokens:,} tokens a micro-batch: {spread(found)} of the peak; "
+                f"the square product alone: {spread(alone)}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ class Result(NamedTuple):
     theirs: list[float]  # seconds of a step
     ours: list[float]
     rates: list[float]  # ours, needed FLOP/s
-    peaks: list[tuple[float, float]]  # FLOP/s, just before and just after each of our steps
+    peaks: list[float]  # of matrix products beside each of our steps, FLOP/s
+    best_peak: float  # the most that any product reached before or after any of them
     pairs: int  # of a step
     tokens: float  # distinct ones of a step, mean
     max_logp_diff: float
@@ -66,14 +67,13 @@ class Result(NamedTuple):
 
     @property
     def shares(self) -> list[float]:
-        """Ours over the higher of the two peaks beside the step, since a shared machine wavers from step to step."""
-        return [rate / max(beside) for rate, beside in zip(self.rates, self.peaks, strict=True)]
+        """Ours over the peak beside the step, since a shared machine wavers from step to step."""
+        return [rate / peak for rate, peak in zip(self.rates, self.peaks, strict=True)]
 
     @property
     def shares_of_best(self) -> list[float]:
-        """Ours over the best peak of all repetitions, which the machine may not have reached again."""
-        best = max(max(beside) for beside in self.peaks)
-        return [rate / best for rate in self.rates]
+        """Ours over the best of all repetitions, which the machine may not have reached again."""
+        return [rate / self.best_peak for rate in self.rates]
 
     def entry(self) -> dict[str, object]:
         """For OUT=FILE.json."""
@@ -130,12 +130,12 @@ def compare(setting: Setting, baseline: Baseline, repeats: int, theirs: Worker, 
     for side in (theirs, ours):
         side.do(apart.step, steps[0][1][:1])  # allocates the optimiser's moments
     seconds: list[tuple[float, float]] = []
-    peaks: list[tuple[float, float]] = []
+    products: list[tuple[list[float], list[float]]] = []
     for number, (_, rows) in enumerate(steps[1:]):
         first = theirs.do(apart.step, rows) if number % 2 == 0 else None
-        before = ours.do(apart.peak, setting)
+        before = ours.do(apart.products, setting)
         own = ours.do(apart.step, rows)
-        peaks.append((before, ours.do(apart.peak, setting)))
+        products.append((before, ours.do(apart.products, setting)))
         seconds.append((theirs.do(apart.step, rows) if first is None else first, own))
     for side in (theirs, ours):
         side.do(apart.drop)
@@ -147,7 +147,8 @@ def compare(setting: Setting, baseline: Baseline, repeats: int, theirs: Worker, 
         theirs=[a for a, _ in seconds],
         ours=[b for _, b in seconds],
         rates=[f / b for f, (_, b) in zip(flops, seconds, strict=True)],
-        peaks=peaks,
+        peaks=[workload.peak_flops(*beside) for beside in products],
+        best_peak=max(rate for beside in products for rates in beside for rate in rates),
         pairs=len(steps[0][1]),
         tokens=statistics.mean(sum(map(size, part)) for part, _ in steps[1:]),
         max_logp_diff=max_logp_diff,

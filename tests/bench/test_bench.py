@@ -71,7 +71,13 @@ def test_the_bound_runs_the_products_of_a_step_and_no_others():
         bound.products(setting, *bound.weights_of(setting), tokens=5, scored=4)
     seen = (1 + 2 + 3) + 4 + 4
     assert counted.get_total_flops() == workload.needed_flops(setting, [tree]) - 3 * 2 * 4 * 32 * seen
-    assert all(share > 0 for share in bound.share(setting, repeats=2, budget=setting.tokens))
+    shares, alone = bound.share(setting, repeats=2, budget=setting.tokens)
+    assert len(shares) == len(alone) == 2
+    assert all(share > 0 for share in [*shares, *alone])
+
+
+def test_the_peak_is_the_best_products_average_over_both_sides_of_a_step():
+    assert workload.peak_flops([60.0, 70.0, 50.0], [80.0, 50.0, 56.0]) == 70.0
 
 
 def test_all_pairs_of_four_responses_make_one_tree():

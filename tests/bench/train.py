@@ -33,7 +33,7 @@ def main() -> None:
                 results.append(best)
                 print(line(best), flush=True)
             entries += [result.entry() for result in results]
-            peaks = [p / 1e9 for r in results for beside in r.peaks for p in beside]
+            peaks = [peak / 1e9 for r in results for peak in r.peaks]
             print(f"\npeak of matrix products: {spread(peaks)} GFLOP/s\n")
             print(memory_table(setting), flush=True)
             if given.out:

@@ -1,6 +1,8 @@
 """What both trainers are given: a random Llama, seeded preference pairs, and the arithmetic the step needs."""
 
+import statistics
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,20 +136,34 @@ def now(setting: Setting) -> float:
     return time.perf_counter()
 
 
-def peak_flops(setting: Setting, seconds: float = 0.05) -> float:
-    """Best rate of matrix products in the bench's dtype: a square one and the model's own shapes, per second."""
+def product_rates(setting: Setting, seconds: float = 0.15) -> list[float]:
+    """FLOP/s of matrix products in the bench's dtype, each for so long: a square one and the model's own shapes."""
     s, rows = setting, 2048 if setting.device == "cpu" else 16384
     side = 1024 if setting.device == "cpu" else 8192
     shapes = [(side, side, side), (rows, s.hidden, s.inter), (rows, s.inter, s.hidden), (rows // 2, s.hidden, s.vocab)]
-    best = 0.0
+    rates = []
     for m, k, n in shapes:
         a, b = (torch.randn(x, device=s.device, dtype=getattr(torch, s.dtype)) for x in ((m, k), (k, n)))
         torch.mm(a, b)
-        for _ in range(3):
-            began, count = now(s), 0
-            while now(s) - began < seconds:
-                for _ in range(2 if s.device == "cpu" else 20):
-                    torch.mm(a, b)
-                    count += 1
-            best = max(best, 2 * m * k * n * count / (now(s) - began))
-    return best
+        began, count = now(s), 0
+        while now(s) - began < seconds:
+            for _ in range(2 if s.device == "cpu" else 20):
+                torch.mm(a, b)
+                count += 1
+        rates.append(2 * m * k * n * count / (now(s) - began))
+    return rates
+
+
+def peak_flops(before: Sequence[float], after: Sequence[float]) -> float:
+    """The best product's rate beside a step: its average over both stretches, as a step's own rate is an average."""
+    return max(map(statistics.mean, zip(before, after, strict=True)))
+
+
+def square_step(setting: Setting, seconds: float) -> float:
+    """FLOP/s of nothing but the square product, for as long as a step: what the best possible step would reach."""
+    a, b = torch.randn(2, 1024, 1024, device=setting.device, dtype=getattr(torch, setting.dtype))
+    began, count = now(setting), 0
+    while now(setting) - began < seconds:
+        torch.mm(a, b)
+        count += 1
+    return 2 * 1024**3 * count / (now(setting) - began)
