@@ -37,7 +37,7 @@ def share(setting: Setting, repeats: int, budget: int) -> tuple[list[float], lis
             seconds += products(setting, weights, embedding, tokens, scored)
         between = workload.product_rates(setting)
         shares.append(workload.needed_flops(setting, part) / seconds / workload.peak_flops(before, between))
-        square = workload.square_step(setting, seconds)
+        square = workload.square_rate(setting, seconds)
         alone.append(square / workload.peak_flops(between, workload.product_rates(setting)))
     return shares, alone
 

@@ -139,31 +139,27 @@ def now(setting: Setting) -> float:
 def product_rates(setting: Setting, seconds: float = 0.15) -> list[float]:
     """FLOP/s of matrix products in the bench's dtype, each for so long: a square one and the model's own shapes."""
     s, rows = setting, 2048 if setting.device == "cpu" else 16384
+    shapes = [(rows, s.hidden, s.inter), (rows, s.inter, s.hidden), (rows // 2, s.hidden, s.vocab)]
+    return [square_rate(s, seconds), *(_rate(s, *shape, seconds) for shape in shapes)]
+
+
+def square_rate(setting: Setting, seconds: float) -> float:
+    """FLOP/s of the square product; for as long as a step it is what the best possible step would reach."""
     side = 1024 if setting.device == "cpu" else 8192
-    shapes = [(side, side, side), (rows, s.hidden, s.inter), (rows, s.inter, s.hidden), (rows // 2, s.hidden, s.vocab)]
-    rates = []
-    for m, k, n in shapes:
-        a, b = (torch.randn(x, device=s.device, dtype=getattr(torch, s.dtype)) for x in ((m, k), (k, n)))
-        torch.mm(a, b)
-        began, count = now(s), 0
-        while now(s) - began < seconds:
-            for _ in range(2 if s.device == "cpu" else 20):
-                torch.mm(a, b)
-                count += 1
-        rates.append(2 * m * k * n * count / (now(s) - began))
-    return rates
+    return _rate(setting, side, side, side, seconds)
+
+
+def _rate(s: Setting, m: int, k: int, n: int, seconds: float) -> float:
+    a, b = (torch.randn(x, device=s.device, dtype=getattr(torch, s.dtype)) for x in ((m, k), (k, n)))
+    torch.mm(a, b)
+    began, count = now(s), 0
+    while now(s) - began < seconds:
+        for _ in range(2 if s.device == "cpu" else 20):
+            torch.mm(a, b)
+            count += 1
+    return 2 * m * k * n * count / (now(s) - began)
 
 
 def peak_flops(before: Sequence[float], after: Sequence[float]) -> float:
     """The best product's rate beside a step: its average over both stretches, as a step's own rate is an average."""
     return max(map(statistics.mean, zip(before, after, strict=True)))
-
-
-def square_step(setting: Setting, seconds: float) -> float:
-    """FLOP/s of nothing but the square product, for as long as a step: what the best possible step would reach."""
-    a, b = torch.randn(2, 1024, 1024, device=setting.device, dtype=getattr(torch, setting.dtype))
-    began, count = now(setting), 0
-    while now(setting) - began < seconds:
-        torch.mm(a, b)
-        count += 1
-    return 2 * 1024**3 * count / (now(setting) - began)
